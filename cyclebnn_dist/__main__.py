@@ -1,0 +1,163 @@
+"""The ``cyclebnn`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cyclebnn_dist.config import RecipeError, load_recipe
+
+REFUSED = 2
+OVERRIDES = "recipe keys to change, e.g. optim.lr=3e-4 precision.communication.low=2"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed, 2 refused, 75 pre-empted with a checkpoint."""
+    options = build_parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of ``cyclebnn``."""
+    parser = argparse.ArgumentParser(
+        prog="cyclebnn", description="Train binary neural networks under a cyclic precision schedule."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"examples:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    train = command(
+        "train",
+        _train,
+        "train a recipe, from wherever its run folder stands",
+        "  cyclebnn train recipes/quickstart.yaml\n"
+        "  cyclebnn train recipes/quickstart.yaml optim.lr=1e-3 run.dir=runs/second\n"
+        "  torchrun --nproc_per_node 2 -m cyclebnn_dist train recipes/quickstart.yaml",
+    )
+    _add_recipe(train)
+
+    evaluate = command(
+        "evaluate",
+        _evaluate,
+        "accuracy of a checkpoint, at the forward width stored in it",
+        "  cyclebnn evaluate runs/quickstart\n"
+        "  cyclebnn evaluate runs/quickstart/checkpoints/step_000000500 data.path=/data/imagenet",
+    )
+    evaluate.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder for its newest one")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    summary = command(
+        "summary",
+        _summary,
+        "table of a recipe's layers: swapped or not and why, parameters, operations, size",
+        "  cyclebnn summary recipes/quickstart.yaml\n"
+        "  cyclebnn summary recipes/quickstart.yaml model.name=resnet34 binary.method=bireal --json",
+    )
+    _add_recipe(summary)
+    summary.add_argument("--json", action="store_true", help="print one JSON object")
+
+    config = command(
+        "config",
+        _config,
+        "every recipe key with its type, default and meaning",
+        "  cyclebnn config\n  cyclebnn config --markdown",
+    )
+    config.add_argument("--markdown", action="store_true", help="print Markdown tables")
+
+    data = command(
+        "data",
+        lambda options: options.run_data(options),
+        "make or inspect data sets",
+        "  cyclebnn data sample sample_data",
+    )
+    _add_data_commands(data)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _add_data_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sample = commands.add_parser(
+        "sample",
+        help="generate the sample data set",
+        description="Generate a seeded set of JPEG files in the ImageNet folder layout: "
+        "10 classes of textured shapes in clutter. A complete set is left as it is.",
+        epilog="examples:\n  cyclebnn data sample sample_data\n  cyclebnn data sample /tmp/tiny --train 200 --val 50",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sample.set_defaults(run_data=_data_sample)
+    sample.add_argument("path", type=Path, help="folder to make")
+    sample.add_argument("--train", type=int, default=None, help="number of training images")
+    sample.add_argument("--val", type=int, default=None, help="number of validation images")
+    sample.add_argument("--size", type=int, default=None, help="side of an image in pixels")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the images")
+
+
+def _train(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from cyclebnn_dist import train
+
+    return train.main(recipe)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from cyclebnn_dist import evaluate
+
+    result = evaluate.main(options.checkpoint, overrides=options.overrides)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:>14}  {value if not isinstance(value, float) else round(value, 4)}")
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from cyclebnn_dist.models.summary import summarize_recipe
+
+    print(summarize_recipe(recipe, as_json=options.json))
+    return 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.config.reference import render_reference
+
+    print(render_reference("markdown" if options.markdown else "text"))
+    return 0
+
+
+def _data_sample(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.data.sample import generate_sample
+
+    given = {"num_train": options.train, "num_val": options.val, "image_size": options.size}
+    generate_sample(
+        options.path, seed=options.seed, **{name: value for name, value in given.items() if value is not None}
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""The agreement: proof, at every step, that all ranks are about to do the same thing."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cyclebnn_dist.world import World, gather_objects
+
+FIELDS = ("recipe", "step", "widths", "world size", "parameter layout", "codec", "library versions")
+
+
+class Agreement:
+    """One fixed-size control all-reduce per step on its own Gloo group.
+
+    Each field is a 63-bit number; ``+x`` and ``-x`` under MAX give its largest and smallest value over ranks,
+    which are equal exactly when all ranks hold the same. The stop flag travels in the same message.
+    """
+
+    def __init__(self, world: World, constants: Mapping[str, int]) -> None:
+        """Collective: every rank calls this (it makes a process group).
+
+        Args:
+            constants: the fields that do not change during a run: recipe, parameter layout, codec.
+        """
+        self._world = world
+        self._constants = dict(constants)
+        self._group = dist.new_group(backend="gloo")
+        self._message = torch.empty(2 * len(FIELDS) + 1, dtype=torch.int64)
+        self._work: dist.Work | None = None
+        self._fields: dict[str, int] = {}
+
+    def begin(self, step: int, *, widths: int, stop: bool) -> None:
+        """Collective: every rank calls this. Start the exchange for ``step``; it runs during the forward pass."""
+        assert self._work is None
+        self._fields = {
+            **self._constants,
+            "step": step,
+            "widths": widths,
+            "world size": self._world.size,
+            "library versions": library_digest(),
+        }
+        values = torch.tensor([self._fields[name] for name in FIELDS], dtype=torch.int64)
+        self._message = torch.cat([values, -values, torch.tensor([int(stop)])])
+        self._work = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def finish(self) -> bool:
+        """Collective: every rank calls this. Await the exchange; True if any rank asked to stop.
+
+        Raises:
+            RuntimeError: on every rank, naming the fields that differ and the ranks that hold each value.
+        """
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+        count = len(FIELDS)
+        largest, smallest = self._message[:count], -self._message[count : 2 * count]
+        differing = [name for name, a, b in zip(FIELDS, largest.tolist(), smallest.tolist(), strict=True) if a != b]
+        if differing:
+            raise RuntimeError(self._describe(differing))
+        return bool(self._message[-1].item())
+
+    def _describe(self, differing: list[str]) -> str:
+        everyone = gather_objects(self._world, self._fields)
+        lines = [f"ranks disagree in {', '.join(differing)}; all ranks stop before any gradient is exchanged"]
+        for name in differing:
+            holders: dict[int, list[int]] = {}
+            for rank, fields in enumerate(everyone):
+                holders.setdefault(fields[name], []).append(rank)
+            held = "; ".join(
+                f"{value} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+                for value, ranks in sorted(holders.items(), key=lambda item: item[1])
+            )
+            lines.append(f"  {name}: {held}")
+        return "\n".join(lines)
+
+
+def compare_parameters(model: nn.Module, *, world: World, step: int) -> None:
+    """Collective: every rank calls this. Prove that all parameters are bit-identical on all ranks.
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that differ and the first parameter they differ in.
+    """
+    hashes = gather_objects(world, parameter_hash(model))
+    if len(set(hashes)) == 1:
+        return
+    per_parameter = gather_objects(
+        world, [(name, _hash([parameter])) for name, parameter in model.named_parameters()]
+    )
+    reference = per_parameter[0]
+    lines = [f"parameters differ between ranks after step {step}; the run stops"]
+    for rank, own in enumerate(per_parameter):
+        names = [name for (name, a), (_, b) in zip(own, reference, strict=True) if a != b]
+        if names:
+            lines.append(f"  rank {rank} differs from rank 0 in {len(names)} tensors, first in {names[0]}")
+    raise RuntimeError("\n".join(lines))
+
+
+def parameter_hash(model: nn.Module) -> str:
+    """Hexadecimal SHA-256 of the bytes of all parameters, in model order."""
+    return _hash(model.parameters())
+
+
+def _hash(tensors: Iterable[torch.Tensor]) -> str:
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def digest(*parts: object) -> int:
+    """63-bit number that is equal on every machine for equal ``parts`` (their ``repr`` is hashed)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+_library_digest: int | None = None
+
+
+def library_digest() -> int:
+    """Digest of the versions of the libraries whose arithmetic must match between ranks."""
+    global _library_digest
+    if _library_digest is None:
+        names = ("torch", "numpy", "numba", "timm", "cyclebnn-dist")
+        _library_digest = digest([(name, importlib.metadata.version(name)) for name in names])
+    return _library_digest

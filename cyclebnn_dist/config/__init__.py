@@ -1,0 +1,59 @@
+"""Recipes: typed, validated, saved beside the run. No torch is imported here."""
+
+from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.load import (
+    SAVED_NAME,
+    load_recipe,
+    load_saved,
+    load_settings,
+    recipe_digest,
+    recipe_from_dict,
+    save_recipe,
+    to_dict,
+)
+from cyclebnn_dist.config.recipe import (
+    BinaryConfig,
+    CommConfig,
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    Recipe,
+    RunConfig,
+    TrainConfig,
+    WandbConfig,
+    WidthConfig,
+)
+from cyclebnn_dist.config.reference import render_reference
+from cyclebnn_dist.config.validate import MAY_CHANGE, resume_differences, validate
+
+__all__ = [
+    "MAY_CHANGE",
+    "SAVED_NAME",
+    "BinaryConfig",
+    "CommConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PrecisionConfig",
+    "Recipe",
+    "RecipeError",
+    "RunConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "WidthConfig",
+    "load_recipe",
+    "load_saved",
+    "load_settings",
+    "recipe_digest",
+    "recipe_from_dict",
+    "render_reference",
+    "resume_differences",
+    "save_recipe",
+    "to_dict",
+    "validate",
+]

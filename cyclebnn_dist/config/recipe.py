@@ -1,0 +1,268 @@
+"""The recipe: every setting of a run, as frozen dataclasses whose field docstrings are the reference.
+
+Standard library only: a login node reads recipes without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it is repeated, logged and saved."""
+
+    dir: str = "runs/default"
+    """Folder of the run: resolved recipe, checkpoints, metrics, logs. Starting again in the same folder resumes."""
+    seed: int = 0
+    """Seed of weights, data order, augmentation and quantized communication."""
+    deterministic: bool = False
+    """Use deterministic kernels only; a resumed run then equals the undisturbed one bit for bit."""
+    log_every: int = 10
+    """Steps between two progress lines and two rows of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between two checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest complete checkpoints stay on disk (at least 1)."""
+    extend_epochs: bool = False
+    """Allow a resumed run another train.epochs than it began with, although that changes every schedule."""
+    collective_timeout_seconds: float = 1800.0
+    """A collective operation that takes longer than this ends the run."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone, before layers are swapped."""
+
+    name: str = "resnet18"
+    """Name of a timm model, e.g. resnet18, mobilenetv3_small_100, vit_tiny_patch16_224."""
+    num_classes: int = 1000
+    """Number of classes; must equal the number of class folders in the training data."""
+    pretrained: bool = False
+    """Start from timm's published real-valued weights (from the hub's local cache or the network)."""
+    weights: str = ""
+    """Start from this file instead: a .safetensors state dict, or a checkpoint folder of this project."""
+    channels_last: bool = False
+    """Keep images and convolution weights in channels_last memory layout."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    sync_bn: bool = False
+    """Share batch-normalization statistics between ranks (GPU only)."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of timm.create_model, e.g. drop_path_rate: 0.05."""
+
+
+@dataclass(frozen=True)
+class BinaryConfig:
+    """Which layers become binary, and by which published method."""
+
+    method: Literal["none", "bnn", "bireal", "cyclebnn"] = "cyclebnn"
+    """Binarization method; none leaves the model real-valued."""
+    activation: Literal["keep", "hardtanh", "prelu", "identity"] = "hardtanh"
+    """What replaces ReLU-like activations: behind a ReLU every sign would be +1, so keep is rarely right."""
+    keep_stem: bool = True
+    """Leave the first convolution real-valued."""
+    keep_classifier: bool = True
+    """Leave the classifier real-valued."""
+    keep_downsample: bool = True
+    """Leave 1x1 convolutions on shortcuts real-valued."""
+    keep_depthwise: bool = True
+    """Leave depthwise convolutions real-valued."""
+    keep_squeeze_excite: bool = True
+    """Leave squeeze-and-excitation and other gating layers real-valued."""
+    include: tuple[str, ...] = ("*",)
+    """Glob patterns of qualified layer names that may be swapped."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of qualified layer names that stay real-valued."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images in the ImageNet folder layout, read through NVIDIA DALI."""
+
+    path: str = "sample_data"
+    """Folder with train/<class>/* and val/<class>/*."""
+    image_size: int = 224
+    """Side of the square network input, in pixels."""
+    threads: int = 2
+    """DALI decoding threads per rank."""
+    prefetch: int = 2
+    """Batches DALI prepares ahead, per rank."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random resized crop, as a fraction of the image."""
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio of the random resized crop."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Further augmentation, from DALI's own library."""
+    randaugment_num_ops: int = 2
+    """Operations RandAugment applies to an image."""
+    randaugment_magnitude: int = 9
+    """Strength of RandAugment's operations, 0 to 30."""
+    crop_pct: float = 0.875
+    """Evaluation: side of the centre crop as a fraction of the resized shorter side (timm's crop_pct)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Interpolation of every resize."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Per-channel mean subtracted from images in [0, 1]."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation images in [0, 1] are divided by."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and arithmetic of training."""
+
+    epochs: float = 90.0
+    """Passes over the training set; may be fractional. Steps per epoch = images // global_batch_size."""
+    global_batch_size: int = 256
+    """Images per optimizer step over all ranks: ranks x accumulation x per-rank batch must give it exactly."""
+    accumulation: int = 1
+    """Forward and backward passes per optimizer step."""
+    amp: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass (torch.autocast); fp16 with loss scaling, on GPUs only."""
+    clip_norm: float = 0.0
+    """Clip the global gradient norm to this value; 0 means off."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy, 0 to 1."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated too; 0 means off."""
+    max_skipped_steps: int = 10
+    """Stop after this many steps in a row with a non-finite gradient."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    name: Literal["sgd", "adam", "adamw", "lamb"] = "adamw"
+    """Optimizer, as timm names it."""
+    lr: float = 1e-3
+    """Peak learning rate, for the whole global batch."""
+    momentum: float = 0.9
+    """Momentum of SGD (Nesterov)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decay rates of Adam, AdamW and LAMB."""
+    weight_decay: float = 1e-5
+    """Weight decay of real-valued weights."""
+    binary_weight_decay: float = 1e-5
+    """Weight decay of the latent weights of binary layers."""
+    binary_lr_scale: float = 1.0
+    """Learning rate of latent binary weights, as a multiple of lr."""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
+    milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
+    """Epochs at which the step schedule multiplies the learning rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the step schedule."""
+
+
+@dataclass(frozen=True)
+class WidthConfig:
+    """One cycled width in bits: a pure function of the global step."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: CPT's sawtooth, rising from low to high in every cycle; constant: always high."""
+    low: int = 2
+    """Bits at the start of a cycle."""
+    high: int = 8
+    """Bits at the end of a cycle."""
+    cycles: int = 8
+    """Number of cycles over the whole run."""
+    warmup_epochs: float = 0.0
+    """Epochs at the beginning that stay at high: early aggressive quantization does lasting damage (2403.02243)."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Widths of the forward pass, the backward pass and the gradient all-reduce; 32 means not quantized."""
+
+    forward: WidthConfig = field(default_factory=lambda: WidthConfig(low=2, high=6))
+    """Width of weights and activations before their sign is taken (CycleBNN)."""
+    backward: WidthConfig = field(default_factory=lambda: WidthConfig(schedule="constant", low=8, high=8))
+    """Width of the output gradient of binary layers."""
+    communication: WidthConfig = field(default_factory=lambda: WidthConfig(low=2, high=8))
+    """Width of the gradient all-reduce."""
+
+
+@dataclass(frozen=True)
+class CommConfig:
+    """How gradients are averaged over ranks."""
+
+    mode: Literal["auto", "quantized", "bf16", "fp32"] = "auto"
+    """quantized: at the schedule's width; bf16, fp32: at that width always; auto: quantized with more than one rank."""
+    codec: Literal["hadamard", "absmax"] = "hadamard"
+    """hadamard: randomized block rotation with Lloyd-Max levels; absmax: plain uniform levels per block."""
+    block_size: int = 256
+    """Elements that share one scale; a power of two."""
+    small_bits: Literal[16, 32] = 32
+    """Width of tensors too small to quantize (see small_numel)."""
+    small_numel: int = 1024
+    """Tensors with fewer elements, and all 1-D ones, travel at small_bits."""
+    error_feedback: bool = False
+    """Add what quantization lost at this step to the gradient of the next one."""
+    check_every: int = 100
+    """Steps between two comparisons of all parameters across ranks; 0 means never."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What drives the parallel step."""
+
+    name: Literal["ddp"] = "ddp"
+    """ddp: torch DistributedDataParallel."""
+    bucket_mb: float = 25.0
+    """Size of a gradient bucket in MiB."""
+    find_unused_parameters: bool = False
+    """Tolerate parameters that take no part in the loss."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on the validation images."""
+
+    every_epochs: float = 1.0
+    """Epochs between two evaluations; one is always done at the end."""
+    batch_size: int = 64
+    """Images per forward pass and rank."""
+    forward_bits: int = 0
+    """Forward width of evaluation, EMA, best and export; 0 means precision.forward.high."""
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases, written by rank 0."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: WANDB_MODE, else online where an API key is present, else offline."""
+    project: str = "cyclebnn_dist"
+    """Project of the run."""
+    entity: str = ""
+    """Team or user; empty means the account's default."""
+    group: str = ""
+    """Group of the run."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    binary: BinaryConfig = field(default_factory=BinaryConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    comm: CommConfig = field(default_factory=CommConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,0 +1,258 @@
+"""The rules a recipe must keep: ranges, combinations, and what may change when a run is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cyclebnn_dist.config import schema
+from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.recipe import Recipe
+
+MAY_CHANGE = frozenset(
+    {
+        "run.dir",
+        "run.log_every",
+        "run.save_every",
+        "run.keep_checkpoints",
+        "run.extend_epochs",
+        "run.collective_timeout_seconds",
+        "model.pretrained",
+        "model.weights",
+        "data.path",
+        "data.threads",
+        "data.prefetch",
+        "train.accumulation",
+        "train.max_skipped_steps",
+        "comm.check_every",
+        "engine.bucket_mb",
+        "eval.every_epochs",
+        "eval.batch_size",
+        "wandb.mode",
+        "wandb.project",
+        "wandb.entity",
+        "wandb.group",
+        "wandb.tags",
+    }
+)
+"""Keys that may differ between two starts of one run.
+
+Paths, threads, logging, saving and evaluation do not touch training. Starting weights (model.pretrained, model.weights) are
+read at the first start only. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
+run then goes on from the same weights, but batch statistics are taken over other micro-batches.
+"""
+
+QUANTIZED_BITS = (1, 8)
+"""Lowest and highest width of quantized communication."""
+PLAIN_BITS = (16, 32)
+"""Widths of communication that is not quantized."""
+
+
+def validate(recipe: Recipe) -> None:
+    """Check every range and combination that needs no data, device or world to be checked.
+
+    Raises:
+        RecipeError: the first rule that is broken, with the dotted key and the cure.
+    """
+    values = flatten(recipe)
+    for keys, rule, words in _RANGES:
+        for key in keys.split():
+            if not rule(values[key]):
+                raise RecipeError(key, f"{_show(values[key])} is out of range", f"it must be {words}")
+    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_model):
+        check(recipe)
+
+
+def resume_differences(saved: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Compare the recipe a run was started with to the one it is started with now.
+
+    Returns:
+        Changed keys that may change (MAY_CHANGE, and train.epochs under run.extend_epochs), each with (saved, new) value.
+
+    Raises:
+        RecipeError: other keys differ; every one of them is named with both values.
+    """
+    old_values, new_values = flatten(saved), flatten(new)
+    changed = {key: (old, new_values[key]) for key, old in old_values.items() if old != new_values[key]}
+    refused = [key for key in changed if key not in MAY_CHANGE]
+    if new.run.extend_epochs:
+        refused = [key for key in refused if key != "train.epochs"]
+    if refused:
+        first, *others = (f"{key}: {_show(changed[key][0])} -> {_show(changed[key][1])}" for key in refused)
+        cure = f"put back what was there, or start afresh with another run.dir (now {new.run.dir})"
+        if "train.epochs" in refused:
+            cure += "\n  run.extend_epochs=true allows another train.epochs; it changes every schedule from here on"
+        problem = first.partition(": ")[2] + "".join(f"\n{other}" for other in others)
+        raise RecipeError(refused[0], f"{problem}\n  this run was started with another recipe", cure)
+    return changed
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """Return the plain value of every dotted key."""
+    result = {}
+    for leaf in schema.leaves(type(settings)):
+        value: Any = settings
+        for name in leaf.key.split("."):
+            value = getattr(value, name)
+        result[leaf.key] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
+def _between(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: low <= value <= high
+
+
+def _below_one(value: Any) -> bool:
+    return 0 <= value < 1
+
+
+def _positive(value: Any) -> bool:
+    return value > 0
+
+
+def _at_least(low: float) -> Callable[[Any], bool]:
+    return lambda value: value >= low
+
+
+def _power_of_two(value: int) -> bool:
+    return 16 <= value <= 65536 and value & (value - 1) == 0
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("run.dir data.path model.name wandb.project", bool, "not empty"),
+    ("run.seed", _between(0, 2**31 - 1), "from 0 to 2147483647"),
+    (
+        "run.log_every run.save_every run.keep_checkpoints model.num_classes data.threads data.prefetch"
+        " data.randaugment_num_ops train.global_batch_size train.accumulation train.max_skipped_steps eval.batch_size"
+        " precision.forward.cycles precision.backward.cycles precision.communication.cycles",
+        _at_least(1),
+        "at least 1",
+    ),
+    ("data.image_size", _at_least(8), "at least 8 pixels"),
+    (
+        "run.collective_timeout_seconds train.epochs optim.lr optim.gamma engine.bucket_mb eval.every_epochs",
+        _positive,
+        "greater than 0",
+    ),
+    (
+        "train.clip_norm optim.weight_decay optim.binary_weight_decay optim.binary_lr_scale optim.min_lr"
+        " optim.warmup_epochs comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " precision.backward.warmup_epochs precision.communication.warmup_epochs",
+        _at_least(0),
+        "0 or more",
+    ),
+    ("data.flip", _between(0, 1), "from 0 to 1"),
+    ("data.crop_pct", lambda value: 0 < value <= 1, "above 0, up to 1"),
+    ("data.randaugment_magnitude", _between(0, 30), "from 0 to 30"),
+    ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
+    ("optim.betas", lambda value: all(map(_below_one, value)), "two numbers, each at least 0 and below 1"),
+    ("data.std", lambda value: min(value) > 0, "three numbers greater than 0"),
+    ("comm.block_size", _power_of_two, "a power of two from 16 to 65536"),
+    ("eval.forward_bits", lambda value: value in (0, 32) or 2 <= value <= 16, "0, from 2 to 16, or 32"),
+)
+
+
+def _check_data(recipe: Recipe) -> None:
+    low, high = recipe.data.scale
+    if not 0 < low <= high <= 1:
+        raise RecipeError(
+            "data.scale", f"[{low}, {high}] is not a range of areas", "it needs 0 < low <= high <= 1"
+        )
+    low, high = recipe.data.ratio
+    if not 0 < low <= high:
+        raise RecipeError(
+            "data.ratio", f"[{low}, {high}] is not a range of ratios", "it needs 0 < low <= high"
+        )
+
+
+def _check_train(recipe: Recipe) -> None:
+    train = recipe.train
+    if train.global_batch_size % train.accumulation:
+        raise RecipeError(
+            "train.accumulation",
+            f"{train.accumulation} does not divide train.global_batch_size = {train.global_batch_size}",
+            "ranks x accumulation x per-rank batch must give the global batch exactly",
+        )
+
+
+def _check_optim(recipe: Recipe) -> None:
+    optim, epochs = recipe.optim, recipe.train.epochs
+    if optim.warmup_epochs >= epochs:
+        raise RecipeError(
+            "optim.warmup_epochs",
+            f"{optim.warmup_epochs:g} leaves nothing of train.epochs = {epochs:g}",
+            "it must be smaller",
+        )
+    if optim.min_lr > optim.lr:
+        raise RecipeError(
+            "optim.min_lr", f"{optim.min_lr:g} is above optim.lr = {optim.lr:g}", "it must not be larger"
+        )
+    if optim.schedule == "step":
+        if list(optim.milestones) != sorted(set(optim.milestones)) or min(optim.milestones, default=1.0) <= 0:
+            raise RecipeError(
+                "optim.milestones",
+                f"{list(optim.milestones)} does not ascend",
+                "give epochs above 0 in ascending order",
+            )
+        if optim.milestones and optim.milestones[-1] >= epochs:
+            raise RecipeError(
+                "optim.milestones",
+                f"{optim.milestones[-1]:g} is never reached: train.epochs = {epochs:g}",
+                "every milestone must be smaller than train.epochs",
+            )
+
+
+def _check_precision(recipe: Recipe) -> None:
+    for name in ("forward", "backward", "communication"):
+        width = getattr(recipe.precision, name)
+        key = f"precision.{name}"
+        if name == "communication":
+            quantized, lowest, highest = (lambda bits: 1 <= bits <= QUANTIZED_BITS[1]), *QUANTIZED_BITS
+            exempt: tuple[int, ...] = PLAIN_BITS
+        else:
+            quantized, lowest, highest = (lambda bits: 2 <= bits <= 16), 2, 16
+            exempt = (32,)
+        words = f"from {lowest} to {highest}, or {' or '.join(map(str, exempt))} (not quantized)"
+        for end in ("low", "high"):
+            bits = getattr(width, end)
+            if not quantized(bits) and bits not in exempt:
+                raise RecipeError(f"{key}.{end}", f"{bits} bits are not possible", f"it must be {words}")
+        if width.low > width.high:
+            raise RecipeError(
+                f"{key}.low",
+                f"{width.low} is above {key}.high = {width.high}",
+                "low must not be larger than high",
+            )
+        if width.schedule != "constant" and width.low != width.high and not quantized(width.high):
+            raise RecipeError(
+                f"{key}.high",
+                f"a cycle from {width.low} to {width.high} bits passes widths that do not exist",
+                f"cycle within {lowest} to {highest}, or set {key}.schedule=constant",
+            )
+        if width.schedule != "constant" and width.warmup_epochs >= recipe.train.epochs:
+            raise RecipeError(
+                f"{key}.warmup_epochs",
+                f"{width.warmup_epochs:g} leaves nothing of train.epochs = {recipe.train.epochs:g}",
+                "it must be smaller",
+            )
+
+
+def _check_model(recipe: Recipe) -> None:
+    if recipe.model.pretrained and recipe.model.weights:
+        raise RecipeError(
+            "model.weights",
+            "stands beside model.pretrained=true",
+            "there is one start: set only one of the two",
+        )
+    taken: Mapping[str, str] = {
+        "num_classes": "model.num_classes",
+        "pretrained": "model.pretrained",
+        "img_size": "data.image_size",
+    }
+    for name in recipe.model.kwargs:
+        if name in taken:
+            raise RecipeError(f"model.kwargs.{name}", "has a key of its own", f"set {taken[name]} instead")
+
+
+def _show(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)

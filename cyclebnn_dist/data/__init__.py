@@ -1,0 +1,31 @@
+"""Data: the ImageNet folder layout, DALI pipelines, loaders whose order is a function of the step, a sample set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cyclebnn_dist.data.folder import ImageList, check_global_batch, scan_folder
+    from cyclebnn_dist.data.loader import Batch, EvalLoader, TrainLoader
+    from cyclebnn_dist.data.sample import generate_sample
+
+__all__ = [
+    "Batch",
+    "EvalLoader",
+    "ImageList",
+    "TrainLoader",
+    "check_global_batch",
+    "generate_sample",
+    "scan_folder",
+]
+
+_HOMES = {"Batch": "loader", "EvalLoader": "loader", "TrainLoader": "loader", "generate_sample": "sample"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: making the sample set or listing a folder needs neither torch nor DALI."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'folder')}"), name)

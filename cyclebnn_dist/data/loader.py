@@ -1,0 +1,376 @@
+"""The loaders: batches of one rank, in an order that is a function of the step, with exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.folder import ImageList
+from cyclebnn_dist.data.order import epoch_permutation, uniforms
+from cyclebnn_dist.data.pipeline import build_pipeline, num_columns, training_feeds
+
+log = logging.getLogger(__name__)
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one step of one rank.
+
+    Attributes:
+        images: float32 [B, 3, S, S], normalised, on the loader's device.
+        labels: int64 [B], class indices, on the loader's device.
+        ids: int64 [B], indices into the image list, on the CPU.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+
+
+class _Reader:
+    """A DALI pipeline and the batches it is working on, first in, first out."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        training: bool,
+        device: torch.device,
+        channels_last: bool,
+    ) -> None:
+        self._images = images
+        self._labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        self._device = device
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._pipeline = build_pipeline(config, training=training, batch_size=batch_size, device=device)
+        self._in_flight: deque[np.ndarray] = deque()
+        self._primed = False
+
+    def __len__(self) -> int:
+        return len(self._in_flight)
+
+    def submit(self, ids: np.ndarray, **feeds: np.ndarray) -> None:
+        """Start reading images ``ids``; ``feeds`` are further inputs of the pipeline, [B, ...] each."""
+        if not self._primed:
+            self._prime(ids[:1], {name: values[:1] for name, values in feeds.items()})
+        self._feed(ids, feeds)
+        self._pipeline.schedule_run()
+
+    def _prime(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
+        """A pipeline's first run takes as many batches as it prefetches; give it ones that nobody asked for."""
+        for _ in range(self._pipeline.prefetch_queue_depth):
+            self._feed(ids, feeds)
+        self._pipeline.schedule_run()
+        while self._in_flight:
+            self.collect()
+        self._primed = True
+
+    def _feed(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
+        paths = [np.frombuffer(self._images.path(index).encode(errors="surrogateescape"), np.uint8) for index in ids]
+        for name, values in {"paths": paths, "ids": ids, **feeds}.items():
+            self._pipeline.feed_input(name, values)
+        self._in_flight.append(ids)
+
+    def collect(self) -> Batch:
+        """Wait for the oldest submitted batch.
+
+        Raises:
+            RecipeError: an image cannot be read; the message names the file.
+        """
+        try:
+            if self._device.type == "cuda":
+                outputs = self._pipeline.share_outputs(torch.cuda.current_stream(self._device).cuda_stream)
+            else:
+                outputs = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            raise self._explain(error) from error
+        # DALI reuses its buffers, hence the copies.
+        images = torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2).clone(memory_format=self._layout)
+        ids = torch.from_dlpack(outputs[1].as_tensor()).clone()
+        self._pipeline.release_outputs()
+        expected = self._in_flight.popleft()
+        assert np.array_equal(ids.numpy(), expected)
+        return Batch(images=images, labels=self._labels[ids.to(self._device)], ids=ids)
+
+    def drain(self) -> None:
+        """Throw away what was submitted and not collected."""
+        while self._in_flight:
+            self._pipeline.share_outputs()
+            self._pipeline.release_outputs()
+            self._in_flight.popleft()
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """DALI's message does not name the file, so look for it among the batches in flight."""
+        for index in itertools.chain.from_iterable(self._in_flight):
+            path = self._images.path(int(index))
+            try:
+                with Image.open(path) as image:
+                    image.load()
+            except Exception as reason:
+                return RecipeError("data.path", f"cannot read image {path}: {reason}", "repair or remove the file")
+        tried = ", ".join(self._images.files[int(index)] for index in self._in_flight[0][:8])
+        return RuntimeError(f"DALI failed on a batch of {self._images.root} that begins with {tried}: {error}")
+
+
+class TrainLoader:
+    """Endless training batches of one rank.
+
+    Micro-batch ``m`` of an epoch takes places ``[m * B * W, (m + 1) * B * W)`` of the epoch's permutation,
+    ``B`` images for each of the ``W`` ranks; after ``steps_per_epoch`` micro-batches the next permutation
+    begins, and the places left over are not read. The augmentation of an image depends on its place, not on
+    the rank that reads it: with the same images per optimizer step, another number of ranks, micro-batch or
+    accumulation sees the same images, equally augmented.
+
+    The state is one position, the batches handed out; it is the same on every rank.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device,
+        steps_per_epoch: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        """
+        Args:
+            batch_size: images per micro-batch and rank.
+            rank, world_size: global ones, not those within a node.
+            seed: the same on every rank.
+            steps_per_epoch: micro-batches per epoch; default: as many full ones as there are.
+            channels_last: memory layout of the images.
+
+        Raises:
+            RecipeError: fewer images than one micro-batch of all ranks.
+        """
+        self._global = batch_size * world_size
+        if len(images) < self._global:
+            raise RecipeError(
+                "train.global_batch_size",
+                f"{world_size} ranks of {batch_size} images, but {images.root} holds only {len(images)}",
+                f"set it to {len(images)} or less",
+            )
+        self.steps_per_epoch = steps_per_epoch or len(images) // self._global
+        assert 0 < self.steps_per_epoch * self._global <= len(images)
+        self._images = images
+        self._config = config
+        self._batch_size = batch_size
+        self._rank = rank
+        self._seed = seed
+        self._device = device
+        self._channels_last = channels_last
+        self._reader: _Reader | None = None
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._position = 0
+        self._submitted = 0
+        self._restarted = (-1, 0)
+
+    @property
+    def position(self) -> int:
+        """Batches handed out since the beginning of training."""
+        return self._position
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next batch, from 0."""
+        return self._position // self.steps_per_epoch
+
+    def next(self) -> Batch:
+        """The next batch; DALI works on the ones after it meanwhile.
+
+        Raises:
+            RecipeError: an image cannot be read; the message names the file.
+        """
+        if self._reader is None:
+            self._reader = _Reader(
+                self._images,
+                self._config,
+                batch_size=self._batch_size,
+                training=True,
+                device=self._device,
+                channels_last=self._channels_last,
+            )
+        self._fill(self._reader)
+        batch = self._reader.collect()
+        self._position += 1
+        self._fill(self._reader)
+        return batch
+
+    def seek(self, position: int) -> None:
+        """Continue as if ``position`` batches had been handed out."""
+        if self._reader is not None:
+            self._reader.drain()
+        self._position = self._submitted = position
+        self._restarted = (-1, 0)
+
+    def state_dict(self) -> dict[str, int | str]:
+        """The position and what it is a position in; numbers and strings only."""
+        epoch, step = divmod(self._position, self.steps_per_epoch)
+        return {
+            "version": _STATE_VERSION,
+            "epoch": epoch,
+            "step": step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "place": (step - self._skipped_in(epoch)) * self._global,
+            "global_batch": self._global,
+            "seed": self._seed,
+            "dataset": self._images.digest,
+            "pipeline": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken: the next batches have the same ids and the same pixels.
+
+        Exact for any number of ranks if the images per optimizer step are the same. With another data set,
+        seed or global batch the rest of the epoch reads its permutation from the start; with other data
+        settings or another version of DALI the ids are the same and pixels may differ. Either is warned of
+        once.
+        """
+        epoch, step, place = int(state["epoch"]), int(state["step"]), int(state["place"])
+        saved_epoch_images = int(state["steps_per_epoch"]) * int(state["global_batch"])
+        read_images = step * int(state["global_batch"])
+        differing = [
+            what
+            for what, differs in (
+                ("state version", state["version"] != _STATE_VERSION),
+                ("data set", state["dataset"] != self._images.digest),
+                ("seed", state["seed"] != self._seed),
+                ("steps per epoch", saved_epoch_images != self.steps_per_epoch * self._global),
+                ("global batch", bool(place % self._global or read_images % self._global)),
+            )
+            if differs
+        ]
+        if differing:
+            step = min(read_images * self.steps_per_epoch // saved_epoch_images, self.steps_per_epoch - 1)
+            self.seek(epoch * self.steps_per_epoch + step)
+            self._restarted = (epoch, step)
+            self._warn(
+                f"the data position cannot be carried over exactly ({', '.join(differing)} changed): the remaining "
+                f"{self.steps_per_epoch - step} batches of epoch {epoch} read its order from the start"
+            )
+            return
+        step = read_images // self._global
+        self.seek(epoch * self.steps_per_epoch + step)
+        self._restarted = (epoch, step - place // self._global)
+        if state["pipeline"] != self._fingerprint():
+            self._warn("data settings or DALI's version changed: the same images follow, but pixels may differ")
+
+    def close(self) -> None:
+        """Stop DALI's threads and free its buffers; ``next`` would start them again."""
+        if self._reader is not None:
+            self._reader.drain()
+            self._reader = None
+            self._submitted = self._position
+
+    def _fill(self, reader: _Reader) -> None:
+        while len(reader) < self._config.prefetch:
+            epoch, step = divmod(self._submitted, self.steps_per_epoch)
+            first = (step - self._skipped_in(epoch)) * self._global + self._rank * self._batch_size
+            places = range(first, first + self._batch_size)
+            random = uniforms(places, num_columns(self._config), seed=self._seed, epoch=epoch)
+            reader.submit(
+                self._order(epoch)[places.start : places.stop], **training_feeds(self._config, random)
+            )
+            self._submitted += 1
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            self._permutation = (epoch, epoch_permutation(len(self._images), seed=self._seed, epoch=epoch))
+        return self._permutation[1]
+
+    def _skipped_in(self, epoch: int) -> int:
+        """Batches of ``epoch`` whose places were not read, because a resume began its order anew."""
+        return self._restarted[1] if epoch == self._restarted[0] else 0
+
+    def _fingerprint(self) -> str:
+        settings = [value for name, value in vars(self._config).items() if name not in ("path", "threads", "prefetch")]
+        text = repr((settings, importlib.metadata.version("nvidia-dali-cuda130"), self._device.type))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _warn(self, message: str) -> None:
+        if self._rank == 0:
+            log.warning(message)
+
+
+class EvalLoader:
+    """Validation batches of one rank; over all ranks every image comes exactly once per pass.
+
+    Rank ``r`` of ``W`` reads images ``r, r + W, ...``: ranks may have one batch, or one image, more than
+    others, or none at all, so a pass must not synchronise ranks batch by batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        channels_last: bool = False,
+    ) -> None:
+        self._images = images
+        self._config = config
+        self._batch_size = batch_size
+        self._mine = np.arange(rank, len(images), world_size, dtype=np.int64)
+        self._device = device
+        self._channels_last = channels_last
+        self._reader: _Reader | None = None
+
+    def __len__(self) -> int:
+        """Batches of this rank in one pass."""
+        return -(-len(self._mine) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass; the last batch may be smaller.
+
+        Raises:
+            RecipeError: an image cannot be read; the message names the file.
+        """
+        if self._reader is None:
+            self._reader = _Reader(
+                self._images,
+                self._config,
+                batch_size=self._batch_size,
+                training=False,
+                device=self._device,
+                channels_last=self._channels_last,
+            )
+        reader = self._reader
+        reader.drain()
+        starts = iter(range(0, len(self._mine), self._batch_size))
+        for start in itertools.islice(starts, self._config.prefetch):
+            reader.submit(self._mine[start : start + self._batch_size])
+        while len(reader):
+            batch = reader.collect()
+            for start in itertools.islice(starts, 1):
+                reader.submit(self._mine[start : start + self._batch_size])
+            yield batch
+
+    def close(self) -> None:
+        """Stop DALI's threads and free its buffers; another pass would start them again."""
+        if self._reader is not None:
+            self._reader.drain()
+            self._reader = None

@@ -1,0 +1,48 @@
+"""The protocol every engine keeps, so that the loop cannot tell them apart."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Stateful(Protocol):
+    """Anything that carries state over a restart."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Engine(Protocol):
+    """One optimizer step, cut into the calls the loop makes in this order."""
+
+    module: nn.Module
+    """The model itself, without any wrapper."""
+
+    def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
+        """Fix the learning rate and the all-reduce width of ``step``."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [B, num_classes], of images [B, 3, S, S]."""
+
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Within it, backward passes only add to the local gradient and nothing is communicated."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of ``loss``; outside ``accumulating`` also average it over ranks."""
+
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scalar float32 global norm of the averaged gradient, clipped to ``max_norm`` if that is above 0."""
+
+    def step(self) -> bool:
+        """Update the weights; False, on all ranks alike, if a non-finite gradient made the step be skipped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State equal on all ranks: optimizer by parameter name, loss scale."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``."""

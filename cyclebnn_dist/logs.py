@@ -1,0 +1,21 @@
+"""Logging of a process that is one of many."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+
+def configure_logging(*, rank: int, size: int) -> None:
+    """Rank 0 logs from INFO on, the others from WARNING on and with their rank; everything to standard error."""
+    prefix = "" if rank == 0 else f"[rank {rank}/{size}] "
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("numba").setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+    if rank != 0:
+        warnings.simplefilter("ignore")

@@ -1,0 +1,281 @@
+"""The loop: the order of things in a run. The only module that knows it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cyclebnn_dist import resume
+from cyclebnn_dist.agreement import Agreement, compare_parameters, digest
+from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.buffers import averaged_buffers, using_buffers
+from cyclebnn_dist.comm import Reducer
+from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.data import EvalLoader, TrainLoader
+from cyclebnn_dist.engine import Engine
+from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
+from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.optimizer import learning_rate
+from cyclebnn_dist.precision.schedule import Schedule, Widths
+from cyclebnn_dist.preempt import PreemptionFlag
+from cyclebnn_dist.timm_import import timm
+from cyclebnn_dist.world import World, mean_in_rank_order, sum_over_ranks
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a run on one rank, and how far it has come."""
+
+    recipe: Recipe
+    run_dir: Path
+    world: World
+    model: nn.Module
+    ema: timm.utils.ModelEmaV3 | None
+    engine: Engine
+    reducer: Reducer
+    schedule: Schedule
+    agreement: Agreement
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    totals: Totals
+    journal: Journal | None
+    console: Console
+    wandb: WandbRun
+    preemption: PreemptionFlag
+    total_steps: int
+    steps_per_epoch: int
+    eval_forward_bits: int
+    step: int = 0
+    """Finished optimizer steps, skipped ones included."""
+    saved_step: int = -1
+    """Step of the newest checkpoint."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in percent and mean loss over all validation images."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step measured on this rank; ``loss`` is a detached scalar tensor."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    lr: float
+    widths: Widths
+    skipped: bool
+    stop: bool
+    seconds: float
+    data_seconds: float
+
+
+def train(run: Run) -> Literal["finished", "preempted"]:
+    """Collective: every rank calls this. Train from ``run.step`` to the end, or to an agreed stop.
+
+    Raises:
+        RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
+    """
+    config = run.recipe.run
+    eval_every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
+    window = Window(run)
+    skipped_in_a_row = 0
+    while run.step < run.total_steps:
+        result = train_step(run)
+        run.step += 1
+        last = run.step == run.total_steps
+        run.totals.add_step(
+            result.widths,
+            images=run.recipe.train.global_batch_size,
+            seconds=result.seconds,
+            data_seconds=result.data_seconds,
+            skipped=result.skipped,
+        )
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if skipped_in_a_row >= run.recipe.train.max_skipped_steps:
+            raise RuntimeError(
+                f"non-finite gradients in {skipped_in_a_row} steps in a row, "
+                f"{run.step - skipped_in_a_row} to {run.step - 1}: lower optim.lr, set train.clip_norm, "
+                "or raise precision.*.low"
+            )
+        window.add(result)
+        if run.step % config.log_every == 0 or last:
+            window.report(run, result)
+            window = Window(run)
+        check_every = run.recipe.comm.check_every
+        if check_every and run.step % check_every == 0:
+            compare_parameters(run.model, world=run.world, step=run.step)
+        if (run.step % eval_every == 0 and not result.stop) or last:
+            evaluate_and_log(run)
+        if run.step % config.save_every == 0 or last or result.stop:
+            resume.save(run)
+        if result.stop and not last:
+            return "preempted"
+    return "finished"
+
+
+def train_step(run: Run) -> StepResult:
+    """Collective: every rank calls this. One optimizer step at ``run.step``."""
+    begun = time.perf_counter()
+    recipe, step = run.recipe, run.step
+    widths = run.schedule.at(step)
+    lr = learning_rate(
+        step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
+    )
+    run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested)
+    set_widths(run.model, forward_bits=widths.forward_bits, backward_bits=widths.backward_bits, step=step)
+    run.engine.begin_step(step, lr=lr, communication_bits=widths.communication_bits)
+    accumulation = recipe.train.accumulation
+    total_loss = torch.zeros((), device=run.world.device)
+    data_seconds = 0.0
+    stop = False
+    for micro_step in range(accumulation):
+        last = micro_step == accumulation - 1
+        waiting = time.perf_counter()
+        batch = run.train_loader.next()
+        data_seconds += time.perf_counter() - waiting
+        with nullcontext() if last else run.engine.accumulating():
+            logits = run.engine.forward(batch.images)
+            loss = nn.functional.cross_entropy(
+                logits, batch.labels, label_smoothing=recipe.train.label_smoothing
+            )
+            if last:
+                stop = run.agreement.finish()
+            run.engine.backward(loss / accumulation)
+        total_loss += loss.detach() / accumulation
+    grad_norm = run.engine.clip(recipe.train.clip_norm)
+    updated = run.engine.step()
+    if run.ema and updated:
+        run.ema.update(run.model, step=step)
+    return StepResult(
+        loss=total_loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        widths=widths,
+        skipped=not updated,
+        stop=stop,
+        seconds=time.perf_counter() - begun,
+        data_seconds=data_seconds,
+    )
+
+
+class Window:
+    """What happened since the last progress line."""
+
+    def __init__(self, run: Run) -> None:
+        self._first_step = run.step
+        self._loss = torch.zeros((), device=run.world.device)
+        self._seconds = 0.0
+        self._data_seconds = 0.0
+
+    def add(self, result: StepResult) -> None:
+        self._loss += result.loss
+        self._seconds += result.seconds
+        self._data_seconds += result.data_seconds
+
+    def report(self, run: Run, result: StepResult) -> None:
+        """Collective: every rank calls this. Write one row about the window."""
+        steps = run.step - self._first_step
+        loss = mean_in_rank_order(run.world, (self._loss / steps).cpu().reshape(1)).item()
+        images = steps * run.recipe.train.global_batch_size
+        row = {
+            "loss": loss,
+            "lr": result.lr,
+            "grad_norm": result.grad_norm.item(),
+            "forward_bits": result.widths.forward_bits,
+            "backward_bits": result.widths.backward_bits,
+            "communication_bits": result.widths.communication_bits,
+            "images_per_second": images / self._seconds,
+            "data_wait_fraction": self._data_seconds / self._seconds,
+            "sent_bytes": run.reducer.counters.sent_bytes,
+            "skipped_steps": run.totals.skipped_steps,
+            "epoch": run.step / run.steps_per_epoch,
+        }
+        write_row(run, "train", row)
+        run.console.progress(
+            run.step,
+            loss=loss,
+            lr=result.lr,
+            widths=result.widths,
+            images_per_second=images / self._seconds,
+            seconds_left=(run.total_steps - run.step) * self._seconds / steps,
+        )
+
+
+def evaluate_and_log(run: Run) -> None:
+    """Collective: every rank calls this. Evaluate the model (and the averaged one) and write the result."""
+    begun = time.perf_counter()
+    models = {"": run.model, **({"ema_": run.ema.module} if run.ema else {})}
+    row: dict[str, float] = {}
+    for prefix, model in models.items():
+        result = evaluate(
+            model,
+            run.eval_loader,
+            world=run.world,
+            forward_bits=run.eval_forward_bits,
+            amp=run.recipe.train.amp,
+        )
+        row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
+    run.totals.eval_seconds += time.perf_counter() - begun
+    run.totals.evaluation = {**row, "images": result.images, "step": run.step}
+    run.totals.best_top1 = max(run.totals.best_top1, row["top1"])
+    write_row(run, "eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
+    if run.world.is_main:
+        log.info(
+            "evaluation at step %d: %s of %d images, forward %d bits",
+            run.step,
+            ", ".join(f"{name} {value:.2f}{'' if 'loss' in name else ' %'}" for name, value in row.items()),
+            result.images,
+            run.eval_forward_bits,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: EvalLoader, *, world: World, forward_bits: int, amp: str
+) -> Evaluation:
+    """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
+
+    The model, its buffers and its mode are afterwards as before.
+    """
+    dtype = AUTOCAST_DTYPE.get(amp)
+    counts = torch.zeros(3, dtype=torch.int64)
+    loss_sum = torch.zeros(1, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    set_widths(model, forward_bits=forward_bits, backward_bits=32, step=0)
+    with using_buffers(model, averaged_buffers(model, world=world)):
+        for batch in loader:
+            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(batch.images)
+            logits = logits.float()
+            loss_sum += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == batch.labels[:, None]
+            counts += torch.tensor([hits[:, 0].sum(), hits.any(dim=1).sum(), len(batch.labels)])
+    model.train(was_training)
+    top1, top5, images = sum_over_ranks(world, counts).tolist()
+    loss = mean_in_rank_order(world, loss_sum).item() * world.size / images
+    return Evaluation(top1=100.0 * top1 / images, top5=100.0 * top5 / images, loss=loss, images=images)
+
+
+def write_row(run: Run, kind: Literal["train", "eval"], row: dict[str, float]) -> None:
+    """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 only has them)."""
+    if run.journal is None:
+        return
+    run.journal.write({"event": kind, "step": run.step, **row})
+    run.wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=run.step)

@@ -1,0 +1,60 @@
+"""The totals of a run: what its steps added up to over all its lives. Part of every checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from cyclebnn_dist.precision.schedule import Widths
+
+
+@dataclass
+class Totals:
+    """Counted by the loop, one call a step. Steps that a kill threw away are not in it: it is restored with the step."""
+
+    images: int = 0
+    """Images trained on, over all ranks."""
+    steps: Counter[Widths] = field(default_factory=Counter)
+    """How many steps ran at which widths."""
+    skipped_steps: int = 0
+    """Steps whose update was skipped for a non-finite gradient."""
+    train_seconds: float = 0.0
+    """Time in training steps, without evaluation and saving."""
+    data_seconds: float = 0.0
+    """Part of it spent waiting for images."""
+    eval_seconds: float = 0.0
+    """Time in evaluation."""
+    best_top1: float = 0.0
+    """Best validation accuracy so far, in percent."""
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation: top1 and top5 in percent, loss, images, step."""
+
+    def add_step(self, widths: Widths, *, images: int, seconds: float, data_seconds: float, skipped: bool) -> None:
+        """Count one optimizer step (an attempted one, if ``skipped``)."""
+        self.steps[widths] += 1
+        self.images += images
+        self.train_seconds += seconds
+        self.data_seconds += data_seconds
+        self.skipped_steps += int(skipped)
+
+    def bits(self, channel: str) -> tuple[int, float, int]:
+        """Smallest, mean and largest width in bits of ``forward``, ``backward`` or ``communication``."""
+        used = Counter[int]()
+        for widths, count in self.steps.items():
+            used[getattr(widths, f"{channel}_bits")] += count
+        mean = sum(bits * count for bits, count in used.items()) / max(1, used.total())
+        return min(used, default=0), mean, max(used, default=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {name: value for name, value in vars(self).items() if name != "steps"}
+        steps = [
+            [w.forward_bits, w.backward_bits, w.communication_bits, count] for w, count in self.steps.items()
+        ]
+        return {**plain, "steps": steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            if name != "steps":
+                setattr(self, name, value)
+        self.steps = Counter({Widths(f, b, c): count for f, b, c, count in state["steps"]})

@@ -1,0 +1,78 @@
+"""The Weights & Biases run of rank 0. Whatever goes wrong in it, training goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from cyclebnn_dist.config.recipe import WandbConfig
+
+log = logging.getLogger(__name__)
+
+STEP = "trainer/step"
+ID_FILE = "wandb_run_id"
+INIT_TIMEOUT_SECONDS = 60
+
+
+class WandbRun:
+    """One run under one id over all lives: the id is kept in ``run_dir/wandb_run_id``.
+
+    The step is logged as a value of its own, so that steps repeated after a kill are drawn over the lost ones
+    instead of being dropped.
+    """
+
+    def __init__(self, run_dir: Path, config: WandbConfig, *, recipe: dict[str, Any], enabled: bool) -> None:
+        mode = resolve_mode(config.mode) if enabled else "disabled"
+        if mode == "disabled":
+            self._run = wandb.init(mode="disabled")
+            return
+        id_file = run_dir / ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8] + "\n")
+        arguments: dict[str, Any] = {
+            "id": id_file.read_text().strip(),
+            "resume": "allow" if mode == "online" else None,
+            "project": config.project,
+            "entity": config.entity or None,
+            "group": config.group or None,
+            "tags": list(config.tags),
+            "name": run_dir.name,
+            "dir": str(run_dir),
+            "config": recipe,
+            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, console="off", disable_git=True),
+        }
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except Exception as error:
+            log.warning("Weights & Biases did not start online (%s); writing offline to %s", error, run_dir / "wandb")
+            self._run = wandb.init(mode="offline", **{**arguments, "resume": None})
+        self._run.define_metric("*", step_metric=STEP)
+
+    def log(self, row: dict[str, Any], *, step: int) -> None:
+        """Log one row of numbers at a step."""
+        self._run.log({STEP: step, **row})
+
+    def summarize(self, values: dict[str, Any]) -> None:
+        """Set values of the run's summary."""
+        self._run.summary.update(values)
+
+    def mark_preempting(self) -> None:
+        """Tell the server that this run will come back."""
+        self._run.mark_preempting()
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
+    """``auto``: WANDB_MODE if set, else online where an API key is present, else offline. Never a login prompt."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE", "")
+    if mode in ("online", "offline", "disabled"):
+        return mode  # type: ignore[return-value]
+    return "online" if wandb.api.api_key else "offline"

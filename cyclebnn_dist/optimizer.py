@@ -1,0 +1,81 @@
+"""The optimizer: its parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from cyclebnn_dist.config.recipe import OptimConfig
+from cyclebnn_dist.timm_import import timm
+
+ParameterKind = Literal["binary", "real", "other"]
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, kinds: Mapping[str, ParameterKind]
+) -> torch.optim.Optimizer:
+    """An optimizer with one group each for latent binary weights, real weights, and the rest (never decayed).
+
+    Args:
+        kinds: kind of every parameter by qualified name, as ``binary.parameter_kinds`` gives it.
+    """
+    settings = {
+        "binary": {"weight_decay": config.binary_weight_decay, "lr_scale": config.binary_lr_scale},
+        "real": {"weight_decay": config.weight_decay, "lr_scale": 1.0},
+        "other": {"weight_decay": 0.0, "lr_scale": 1.0},
+    }
+    groups: list[dict[str, Any]] = []
+    for kind, setting in settings.items():
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and kinds[name] == kind]
+        if named:
+            groups.append({"params": [p for _, p in named], "names": [n for n, _ in named], **setting})
+    options: dict[str, Any] = {}
+    if config.name == "sgd":
+        options["momentum"] = config.momentum
+    else:
+        options["betas"] = tuple(config.betas)
+    return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=config.lr, **options)
+
+
+def learning_rate(step: int, config: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of ``step``: linear warm-up, then the configured shape; a pure function of its arguments."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule == "cosine":
+        return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.lr + (config.min_lr - config.lr) * progress
+    if config.schedule == "step":
+        passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return config.lr * config.gamma**passed
+    return config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group ``lr`` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def optimizer_state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """State of every parameter under its qualified name, so that it outlives a change of engine or grouping."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+
+
+def load_optimizer_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Restore what ``optimizer_state_by_name`` gave; the groups' settings stay those of the recipe."""
+    current = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    current["state"] = {index: dict(state[name]) for index, name in enumerate(names) if name in state}
+    optimizer.load_state_dict(current)

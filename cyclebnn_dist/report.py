@@ -1,0 +1,108 @@
+"""The report of a run: what it reached and what it cost, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclebnn_dist.binary import count
+from cyclebnn_dist.precision.cost import training_saving
+from cyclebnn_dist.run_folder import SUMMARY_JSON, SUMMARY_TEXT
+
+if TYPE_CHECKING:
+    from cyclebnn_dist.loop import Run
+
+
+def write_summary(run: Run) -> str:
+    """Write summary.json and summary.txt of a run that has ended; return the text. Rank 0 calls this alone."""
+    summary = summarize(run)
+    text = render_summary(summary)
+    _publish(run.run_dir / SUMMARY_TEXT, text)
+    _publish(run.run_dir / SUMMARY_JSON, json.dumps(summary, indent=2) + "\n")
+    return text
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Counted and measured over all lives of the run; bytes are those of rank 0."""
+    totals, counters = run.totals, run.reducer.counters
+    side = run.recipe.data.image_size
+    counts = count(run.model, input_size=(3, side, side))
+    saving = training_saving(counts, totals.steps)
+    return {
+        "finished": True,
+        "run_dir": str(run.run_dir),
+        "epochs": run.recipe.train.epochs,
+        "steps": totals.steps.total(),
+        "skipped_steps": totals.skipped_steps,
+        "ranks": run.world.size,
+        "device": run.world.device.type,
+        **{f"eval_{name}": value for name, value in totals.evaluation.items()},
+        "best_top1": totals.best_top1,
+        "eval_forward_bits": run.eval_forward_bits,
+        "images_per_second": totals.images / totals.train_seconds,
+        "train_seconds": totals.train_seconds,
+        "eval_seconds": totals.eval_seconds,
+        "data_wait_fraction": totals.data_seconds / totals.train_seconds,
+        "bits": {
+            channel: dict(zip(("min", "mean", "max"), totals.bits(channel), strict=True))
+            for channel in ("forward", "backward", "communication")
+        },
+        "sent_bytes": counters.sent_bytes,
+        "fp32_bytes": counters.fp32_bytes,
+        "bf16_bytes": counters.bf16_bytes,
+        "training_saving_binary_layers": saving.binary_layers,
+        "training_saving_model": saving.model,
+    }
+
+
+def render_summary(summary: dict[str, Any]) -> str:
+    """The summary as a person reads it."""
+    bits = "   ".join(
+        f"{channel} {used['min']} / {used['mean']:.2f} / {used['max']}" for channel, used in summary["bits"].items()
+    )
+    rows = {
+        "validation top-1": f"{summary['eval_top1']:.2f} % of {summary['eval_images']} images "
+        f"(top-5 {summary['eval_top5']:.2f} %), evaluated at {summary['eval_forward_bits']} forward bits",
+        "speed": f"{summary['images_per_second']:.1f} images/s over {summary['ranks']} ranks on "
+        f"{summary['device']}, {100 * summary['data_wait_fraction']:.1f} % of it waiting for images",
+        "time": f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
+        f"evaluation {summary['eval_seconds']:.0f} s",
+        "bits (min/mean/max)": bits,
+        "gradient bytes sent": _sent(summary),
+        "operations saved": f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' training "
+        f"operations, {100 * summary['training_saving_model']:.1f} % of the whole model's (CPT's cost formula)",
+        "run folder": summary["run_dir"],
+        "next": f"cyclebnn evaluate {summary['run_dir']}",
+    }
+    if summary["skipped_steps"]:
+        rows["skipped steps"] = f"{summary['skipped_steps']} with a non-finite gradient"
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()) + "\n"
+
+
+def _sent(summary: dict[str, Any]) -> str:
+    sent, fp32, bf16 = summary["sent_bytes"], summary["fp32_bytes"], summary["bf16_bytes"]
+    if sent == 0:
+        return "none: one rank has nobody to send to"
+    return (
+        f"{_size(sent)} per rank; fp32 would have sent {_size(fp32)} ({fp32 / sent:.2f}x), "
+        f"bf16 {_size(bf16)} ({bf16 / sent:.2f}x)"
+    )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            break
+        num_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{num_bytes:.3g} {unit}"
+
+
+def _publish(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,108 @@
+"""What a run carries over a restart: gathered from its parts, and given back to them in a fixed order."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from cyclebnn_dist.buffers import averaged_buffers, load_buffers, model_state, persistent_buffers
+from cyclebnn_dist.checkpoint import Snapshot, read_meta, read_own, read_shared, save_checkpoint
+from cyclebnn_dist.world import all_succeed
+
+if TYPE_CHECKING:
+    from cyclebnn_dist.loop import Run
+
+log = logging.getLogger(__name__)
+
+
+def save(run: Run) -> Path:
+    """Collective: every rank calls this. Write a checkpoint of the run at its current step; changes no state."""
+    main = run.world.is_main
+    buffers = averaged_buffers(run.model, world=run.world)
+    ema_buffers = averaged_buffers(run.ema.module, world=run.world) if run.ema else {}
+    snapshot = Snapshot(
+        step=run.step,
+        model=model_state(run.model, buffers) if main else {},
+        ema=model_state(run.ema.module, ema_buffers) if main and run.ema else {},
+        shared={"engine": run.engine.state_dict(), "totals": run.totals.state_dict()} if main else {},
+        own={
+            "buffers": persistent_buffers(run.model),
+            "ema_buffers": persistent_buffers(run.ema.module) if run.ema else {},
+            "reducer": run.reducer.state_dict(),
+            "data": run.train_loader.state_dict(),
+            "random": random_state(),
+        },
+        facts={
+            "schedule": run.schedule.digest(),
+            "total_steps": run.total_steps,
+            "steps_per_epoch": run.steps_per_epoch,
+            "eval_forward_bits": run.eval_forward_bits,
+        },
+    )
+    folder = save_checkpoint(
+        run.run_dir, snapshot, recipe=run.recipe, world=run.world, keep=run.recipe.run.keep_checkpoints
+    )
+    run.saved_step = run.step
+    return folder
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Collective: every rank calls this. Give every part its state back: weights first, random states last."""
+
+    def load() -> None:
+        meta = read_meta(folder)
+        run.model.load_state_dict(load_file(str(folder / "model.safetensors")))
+        if run.ema:
+            run.ema.module.load_state_dict(load_file(str(folder / "ema.safetensors")))
+        shared = read_shared(folder)
+        run.engine.load_state_dict(shared["engine"])
+        run.totals.load_state_dict(shared["totals"])
+        if meta["world_size"] == run.world.size:
+            _restore_own(run, read_own(folder, rank=run.world.rank))
+        else:
+            if run.world.is_main:
+                log.warning(
+                    "%s was written by %d ranks, this run has %d: normalization statistics are their average, "
+                    "residuals of the all-reduce start from zero, and this epoch's images are dealt out anew",
+                    folder.name,
+                    meta["world_size"],
+                    run.world.size,
+                )
+            run.train_loader.load_state_dict(read_own(folder, rank=0)["data"])
+        run.step = run.saved_step = meta["step"]
+
+    all_succeed(run.world, load, what=f"loading checkpoint {folder}")
+
+
+def _restore_own(run: Run, own: dict[str, Any]) -> None:
+    load_buffers(run.model, own["buffers"])
+    if run.ema:
+        load_buffers(run.ema.module, own["ema_buffers"])
+    run.reducer.load_state_dict(own["reducer"])
+    run.train_loader.load_state_dict(own["data"])
+    set_random_state(own["random"])
+
+
+def random_state() -> dict[str, Any]:
+    """States of this process's global random generators: torch (CPU, GPU), numpy, Python."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore what ``random_state`` gave."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

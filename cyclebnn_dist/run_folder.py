@@ -1,0 +1,72 @@
+"""The run folder: which recipe it belongs to, how often it was started, and whether its run has ended.
+
+    run_dir/
+      recipe.yaml       the resolved recipe; what makes the folder a run's
+      layers.txt        what was swapped and why not
+      checkpoints/      see checkpoint.py
+      metrics.jsonl     one row every few steps; see metrics/journal.py
+      wandb/            Weights & Biases; its run id in wandb_run_id
+      summary.json      written at the end, for programs
+      summary.txt       the same for people
+      submitit/         job files and logs of python -m launch
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cyclebnn_dist.config import (
+    SAVED_NAME,
+    Recipe,
+    RecipeError,
+    load_saved,
+    resume_differences,
+    save_recipe,
+)
+from cyclebnn_dist.metrics.journal import FILE_NAME
+
+LAYERS, SUMMARY_JSON, SUMMARY_TEXT = "layers.txt", "summary.json", "summary.txt"
+LAUNCHER_FILES = {"submitit"}
+
+
+def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
+    """Refuse a folder that belongs to another recipe or to something else; nothing is written.
+
+    Raises:
+        RecipeError: naming the keys that differ, or the foreign content.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RecipeError("run.dir", f"{run_dir} is a file", "name a folder that may be created")
+    saved = run_dir / SAVED_NAME
+    if saved.exists():
+        resume_differences(load_saved(saved), recipe)
+        return
+    foreign = sorted(p.name for p in run_dir.iterdir() if p.name not in LAUNCHER_FILES) if run_dir.exists() else []
+    if foreign:
+        raise RecipeError(
+            "run.dir",
+            f"{run_dir} holds {foreign[0]} and no {SAVED_NAME}, so it is not the folder of a run",
+            "name a new or empty folder",
+        )
+
+
+def finished_summary(run_dir: Path, recipe: Recipe) -> str | None:
+    """The summary of a run that has ended with this recipe's length, else None."""
+    path = run_dir / SUMMARY_JSON
+    if not path.exists():
+        return None
+    summary = json.loads(path.read_text())
+    if not summary["finished"] or summary["epochs"] != recipe.train.epochs:
+        return None
+    return (run_dir / SUMMARY_TEXT).read_text()
+
+
+def claim_run_folder(run_dir: Path, recipe: Recipe, layer_table: str) -> int:
+    """Make the folder this recipe's and return the number of this life, counted from 1."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run_dir / SAVED_NAME)
+    (run_dir / LAYERS).write_text(layer_table)
+    journal = run_dir / FILE_NAME
+    starts = journal.read_text().count('"event": "start"') if journal.exists() else 0
+    return starts + 1

@@ -1,0 +1,223 @@
+"""Training: the data flow from a recipe to a finished run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cyclebnn_dist import loop, resume
+from cyclebnn_dist.agreement import Agreement
+from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch
+from cyclebnn_dist.binary import parameter_kinds
+from cyclebnn_dist.checkpoint import newest_checkpoint
+from cyclebnn_dist.comm import build_reducer
+from cyclebnn_dist.comm.mode import communicated_precision
+from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
+from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.data import EvalLoader, ImageList, TrainLoader, scan_folder
+from cyclebnn_dist.engine import DDPEngine
+from cyclebnn_dist.logs import configure_logging
+from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.models import build_model
+from cyclebnn_dist.optimizer import build_optimizer
+from cyclebnn_dist.precision.schedule import build_schedule
+from cyclebnn_dist.preempt import PreemptionFlag
+from cyclebnn_dist.report import write_summary
+from cyclebnn_dist.run_folder import check_run_folder, claim_run_folder, finished_summary
+from cyclebnn_dist.timm_import import timm
+from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
+
+log = logging.getLogger(__name__)
+
+FINISHED, FAILED, PREEMPTED = 0, 1, 75
+
+
+def main(recipe: Recipe) -> int:
+    """Collective: every rank calls this. Train to the end, or to a pre-emption, from wherever the run stands.
+
+    Returns:
+        FINISHED, or PREEMPTED if a signal asked to stop and a checkpoint was written.
+
+    Raises:
+        RecipeError: on every rank, for what the user can mend; the run folder is then as it was.
+    """
+    world = discover_world()
+    configure_logging(rank=world.rank, size=world.size)
+    set_determinism(recipe.run.deterministic)
+    world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
+    try:
+        status = _train(recipe, world)
+    except (RuntimeError, OSError) as error:
+        if world.size == 1:
+            raise
+        # A lost peer leaves collectives behind that never end, and tearing the groups down would wait for them.
+        log.error("rank %d of %d ends: %s", world.rank, world.size, error, exc_info=error)
+        logging.shutdown()
+        os._exit(FAILED)
+    leave_world()
+    return status
+
+
+def _train(recipe: Recipe, world: World) -> int:
+    run_dir = Path(recipe.run.dir)
+    finished = on_main(world, lambda: inspect_run_folder(run_dir, recipe))
+    if finished:
+        log.info("this run is finished already\n%s", finished)
+        return FINISHED
+    images = on_main(world, lambda: scan_images(recipe))
+    run = assemble(recipe, world, run_dir=run_dir, images=images)
+    checkpoint = newest_checkpoint(run_dir, world=world)
+    if checkpoint:
+        resume.restore(run, checkpoint)
+    announce(run)
+    ended = loop.train(run)
+    if ended == "preempted":
+        return leave_preempted(run)
+    summary = on_main(world, lambda: write_summary(run))
+    log.info("finished\n%s", summary)
+    close(run)
+    return FINISHED
+
+
+def inspect_run_folder(run_dir: Path, recipe: Recipe) -> str | None:
+    """The summary of a run that has ended, else None; refuses a folder that is not this recipe's."""
+    check_run_folder(run_dir, recipe)
+    return finished_summary(run_dir, recipe)
+
+
+def scan_images(recipe: Recipe) -> tuple[ImageList, ImageList]:
+    """Training and validation images, after checking that there are enough of them."""
+    train = scan_folder(recipe.data.path, "train", num_classes=recipe.model.num_classes)
+    val = scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes)
+    steps_per_epoch(recipe.train, num_images=len(train))
+    return train, val
+
+
+def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[ImageList, ImageList]) -> loop.Run:
+    """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built."""
+    train_images, val_images = images
+    batch_size = per_rank_batch(recipe.train, world_size=world.size)
+    epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
+    total_steps = max(1, round(recipe.train.epochs * epoch_steps))
+    schedule = build_schedule(
+        communicated_precision(recipe.precision, recipe.comm, world_size=world.size),
+        total_steps=total_steps,
+        steps_per_epoch=epoch_steps,
+    )
+
+    torch.manual_seed(recipe.run.seed)
+    model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
+    model = place_model(model, recipe, world)
+    torch.manual_seed(recipe.run.seed + 1 + world.rank)
+    ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
+    optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
+
+    place = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    reducer = build_reducer(recipe.comm, model.named_parameters(), seed=recipe.run.seed, **place)
+    engine = DDPEngine(
+        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
+    )
+    agreement = Agreement(
+        world,
+        {
+            "recipe": recipe_digest(recipe),
+            "parameter layout": reducer.layout_digest,
+            "codec": reducer.codec_digest,
+        },
+    )
+    train_loader = TrainLoader(
+        train_images,
+        recipe.data,
+        batch_size=batch_size,
+        steps_per_epoch=epoch_steps * recipe.train.accumulation,
+        seed=recipe.run.seed,
+        **place,
+    )
+    eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **place)
+
+    life = on_main(world, lambda: claim_run_folder(run_dir, recipe, swap_report.render()))
+    return loop.Run(
+        recipe=recipe,
+        run_dir=run_dir,
+        world=world,
+        model=model,
+        ema=ema,
+        engine=engine,
+        reducer=reducer,
+        schedule=schedule,
+        agreement=agreement,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        totals=Totals(),
+        journal=Journal(run_dir, life=life) if world.is_main else None,
+        console=Console(total_steps=total_steps, enabled=world.is_main),
+        wandb=WandbRun(run_dir, recipe.wandb, recipe=to_dict(recipe), enabled=world.is_main),
+        preemption=PreemptionFlag().install(),
+        total_steps=total_steps,
+        steps_per_epoch=epoch_steps,
+        eval_forward_bits=recipe.eval.forward_bits or recipe.precision.forward.high,
+    )
+
+
+def place_model(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
+    """The model on its device, in its memory layout, with its batch normalization shared and compiled if asked."""
+    if recipe.model.sync_bn:
+        if world.device.type != "cuda":
+            raise RecipeError("model.sync_bn", "torch shares batch statistics on GPUs only", "set it to false on CPUs")
+        model = timm.layers.convert_sync_batchnorm(model)
+    layout = torch.channels_last if recipe.model.channels_last else torch.preserve_format
+    model = model.to(device=world.device, memory_format=layout)
+    if recipe.model.compile:
+        model.compile()
+    return model
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Deterministic kernels where asked for; cuDNN's own choice of the fastest ones otherwise."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def announce(run: loop.Run) -> None:
+    """Say where the run starts and on what."""
+    where = "starting" if run.step == 0 else f"resuming from the checkpoint of step {run.step}"
+    log.info(
+        "%s: %s, %d ranks on %s, %d steps of %d images, folder %s",
+        where,
+        run.recipe.model.name,
+        run.world.size,
+        run.world.device.type,
+        run.total_steps,
+        run.recipe.train.global_batch_size,
+        run.run_dir,
+    )
+    if run.journal:
+        run.journal.write({"event": "start", "step": run.step, "ranks": run.world.size})
+
+
+def leave_preempted(run: loop.Run) -> int:
+    """Collective: every rank calls this. After the checkpoint: let submitit requeue the job, where it listens."""
+    log.warning("stopped at step %d of %d with a checkpoint; start again to go on", run.step, run.total_steps)
+    run.wandb.mark_preempting()
+    close(run, finish_wandb=False)
+    run.preemption.hand_over()
+    return PREEMPTED
+
+
+def close(run: loop.Run, *, finish_wandb: bool = True) -> None:
+    """Release what the run holds on this rank."""
+    run.console.close()
+    run.train_loader.close()
+    run.eval_loader.close()
+    run.reducer.close()
+    run.preemption.uninstall()
+    if run.journal:
+        run.journal.close()
+    if finish_wandb:
+        run.wandb.finish()

@@ -1,0 +1,170 @@
+"""The world: which ranks there are, on which device each works, and the small collectives they share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cyclebnn_dist.config import RecipeError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of the job.
+
+    ``control`` is a Gloo group of all ranks for small exchanges on the CPU; gradients never travel on it.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    source: str
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def discover_world(*, environ: dict[str, str] | None = None) -> World:
+    """Find this process's place from torchrun's variables, Slurm's, or alone, without communicating.
+
+    Raises:
+        RecipeError: if some of RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are set and others are not.
+    """
+    env = os.environ if environ is None else environ
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    present = [name for name in names if name in env]
+    if len(present) == len(names):
+        rank, size, source = int(env["RANK"]), int(env["WORLD_SIZE"]), "environment"
+        local_rank = int(env.get("LOCAL_RANK", rank))
+    elif {"RANK", "WORLD_SIZE"} & set(present):
+        missing = ", ".join(name for name in names if name not in present)
+        raise RecipeError(
+            "environment",
+            f"{', '.join(present)} set but not {missing}",
+            "start with torchrun, srun or python -m launch, or unset them for a single process",
+        )
+    elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        rank, size, source = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), "slurm"
+        local_rank = int(env.get("SLURM_LOCALID", rank))
+    else:
+        rank, size, local_rank, source = 0, 1, 0, "alone"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    else:
+        device = torch.device("cpu")
+    return World(rank=rank, size=size, local_rank=local_rank, device=device, source=source)
+
+
+def join_world(world: World, *, timeout_seconds: float) -> World:
+    """Collective: every rank calls this. Set up the default process group and the control group.
+
+    NCCL on GPUs, Gloo on CPUs; a world of one makes a group of one, so that everything after takes one path.
+    """
+    if world.source == "slurm":
+        import submitit.helpers
+
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    timeout = timedelta(seconds=timeout_seconds)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    return replace(world, control=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def leave_world() -> None:
+    """Tear the process groups down, at the end of a run that went well."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Collective: every rank calls this. Wait for all ranks."""
+    dist.all_reduce(torch.zeros(1), group=world.control)
+
+
+def gather_objects(world: World, value: T) -> list[T]:
+    """Collective: every rank calls this. Every rank's ``value``, in rank order, on every rank."""
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value, group=world.control)
+    return gathered
+
+
+def on_main(world: World, function: Callable[[], T]) -> T:
+    """Collective: every rank calls this. Run ``function`` on rank 0 and return its value on every rank.
+
+    Raises:
+        Exception: whatever ``function`` raised on rank 0, on every rank.
+    """
+    box: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            box = [function(), None]
+        except Exception as error:
+            box = [None, error]
+    dist.broadcast_object_list(box, src=0, group=world.control)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def all_succeed(world: World, function: Callable[[], None], *, what: str) -> None:
+    """Collective: every rank calls this. Run ``function`` everywhere; fail everywhere if it failed anywhere.
+
+    Raises:
+        RecipeError: on every rank, the first rank's own, where every failure was one.
+        RuntimeError: on every rank, naming the ranks that failed and why.
+    """
+    failure: Exception | None = None
+    try:
+        function()
+    except Exception as error:
+        failure = error
+    reports = gather_objects(
+        world,
+        None if failure is None else (isinstance(failure, RecipeError), f"{type(failure).__name__}: {failure}"),
+    )
+    failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
+    if not failed:
+        return
+    if isinstance(failure, RecipeError):
+        raise failure
+    message = "; ".join(f"rank {rank}: {report[1]}" for rank, report in failed)
+    raise RuntimeError(f"{what} failed on {len(failed)} of {world.size} ranks: {message}") from failure
+
+
+def mean_in_rank_order(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Collective: every rank calls this. Mean over ranks of a CPU float tensor, summed in rank order in fp64.
+
+    The value does not depend on how a ring would have cut the tensor, so a resumed run computes the same.
+    """
+    gathered = [torch.empty_like(values) for _ in range(world.size)]
+    dist.all_gather(gathered, values.contiguous(), group=world.control)
+    total = torch.zeros_like(values, dtype=torch.float64)
+    for part in gathered:
+        total += part.double()
+    return (total / world.size).to(values.dtype)
+
+
+def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:
+    """Collective: every rank calls this. Sum over ranks of a CPU integer tensor (exact in any order)."""
+    assert not values.is_floating_point()
+    total = values.clone()
+    dist.all_reduce(total, group=world.control)
+    return total

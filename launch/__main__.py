@@ -1,0 +1,188 @@
+"""The command ``python -m launch``: start a recipe on this machine or submit it to a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
+from launch.profile import ClusterProfile, load_profile, num_tasks_per_node
+
+EXAMPLES = """\
+examples:
+  python -m launch recipes/quickstart.yaml --local --tasks-per-node 2
+  python -m launch recipes/quickstart.yaml --local optim.lr=0.002 run.dir=runs/lr2
+  python -m launch recipes/quickstart.yaml --cluster slurm/gpu.yaml --nodes 4
+  python -m launch recipes/quickstart.yaml --cluster slurm/gpu.yaml --dry-run
+
+The same command in the same run folder goes on from the newest checkpoint.
+
+exit status: 0 finished, submitted or shown; 1 failed; 2 refused (recipe, profile, data); 75 stopped by a signal after
+saving; 128 + signal: stopped from this terminal.
+"""
+
+HOW = "say where to run: --local (this machine), --cluster FILE (a profile such as slurm/gpu.yaml) or --debug"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch",
+        description="Start a recipe on this machine, or submit it to a cluster, through submitit.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file; `cyclebnn config` lists every key")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="recipe keys to change, e.g. optim.lr=0.002"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cluster", metavar="FILE", help="submit under this cluster profile")
+    where.add_argument(
+        "--local", action="store_true", help="run here and wait: one process per GPU, or --tasks-per-node"
+    )
+    where.add_argument(
+        "--debug", action="store_true", help="run one rank in this process; an error opens pdb"
+    )
+    parser.add_argument("--nodes", metavar="N", help="instead of the profile's nodes")
+    parser.add_argument(
+        "--tasks-per-node", metavar="N", help="instead of the profile's tasks_per_node (ranks a node)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show sbatch text and layer table; submit and write nothing"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    try:
+        if not (arguments.cluster or arguments.local or arguments.debug):
+            raise RecipeError("python -m launch", HOW, "see python -m launch --help")
+        return _launch(arguments)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    flags = {"nodes": arguments.nodes, "tasks_per_node": arguments.tasks_per_node}
+    if not arguments.cluster:
+        flags["cluster"] = "local" if arguments.local else "debug"
+    profile = load_profile(
+        arguments.cluster, overrides=[f"{key}={value}" for key, value in flags.items() if value is not None]
+    )
+    run_dir = Path(recipe.run.dir).absolute()
+
+    from launch.run_state import check_recipe_of, finished_text
+    from launch.submit import FOLDER
+
+    if arguments.dry_run:
+        from launch.preview import layer_table, submission_text
+
+        print(submission_text(profile, folder=run_dir / FOLDER))
+        status, table = layer_table(arguments.recipe, arguments.overrides)
+        print(table, end="")
+        return status
+    check_recipe_of(run_dir, recipe)
+    done = finished_text(run_dir, recipe)
+    if done is not None:
+        print(f"this run is finished already: {run_dir}\n{done.rstrip()}")
+        return 0
+    if profile.cluster == "slurm":
+        return _submit(recipe, profile, run_dir)
+    if profile.cluster == "local":
+        return _run_here(recipe, profile, run_dir)
+    return _debug(recipe, run_dir)
+
+
+def _submit(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
+    from launch.job import Job
+    from launch.submit import FOLDER, submit_slurm
+
+    job = submit_slurm(Job(to_dict(recipe), str(run_dir)), profile=profile, folder=run_dir / FOLDER)
+    log = run_dir / FOLDER / f"{job.job_id}_0_log.out"
+    print(f"submitted job {job.job_id}")
+    print(f"  run folder  {run_dir}\n  log         {log}")
+    print(
+        f"  follow      tail -F {log}\n  state       squeue -j {job.job_id}\n  cancel      scancel {job.job_id}"
+    )
+    return 0
+
+
+def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
+    from launch.job import REFUSED, Job
+    from launch.submit import FOLDER, choose_gpus, start_local
+    from launch.watch import watch
+
+    gpus = choose_gpus(profile)
+    tasks = num_tasks_per_node(profile, visible_gpus=len(gpus))
+    if recipe.train.global_batch_size % (tasks * recipe.train.accumulation):
+        raise RecipeError(
+            "train.global_batch_size",
+            f"{recipe.train.global_batch_size} images cannot be shared by {tasks} ranks"
+            f" x {recipe.train.accumulation} accumulated batches",
+            "choose a multiple, or another number of ranks (--tasks-per-node)",
+        )
+    folder, existed = run_dir / FOLDER, _existing(run_dir / FOLDER)
+    devices = (
+        ",".join(gpus)
+        if gpus or profile.gpus_per_node is not None
+        else os.environ.get("CUDA_VISIBLE_DEVICES")
+    )
+    mark = uuid.uuid4().hex
+    job = start_local(
+        Job(to_dict(recipe), str(run_dir), devices), profile=profile, folder=folder, mark=mark, tasks=tasks
+    )
+    print(f"{tasks} rank{'s' if tasks > 1 else ''} on this machine, run folder {run_dir}")
+    print(f"logs: {folder}/{job.job_id}_<rank>_log.out", flush=True)
+    outcome = watch(job, mark=mark, tasks=tasks)
+    if outcome.status == REFUSED:
+        _forget(folder, existed)
+    if outcome.message:
+        print(outcome.message, file=sys.stderr)
+    return outcome.status
+
+
+def _debug(recipe: Recipe, run_dir: Path) -> int:
+    import submitit
+
+    from launch.job import REFUSED, Job
+    from launch.submit import FOLDER, environ, stale_ranks
+
+    existed = _existing(run_dir / FOLDER)
+    with environ(stale_ranks()):
+        outcome = (
+            submitit.AutoExecutor(run_dir / FOLDER, cluster="debug")
+            .submit(Job(to_dict(recipe), str(run_dir)))
+            .result()
+        )
+    if outcome.status == REFUSED:
+        _forget(run_dir / FOLDER, existed)
+        print(outcome.message, file=sys.stderr)
+    return outcome.status
+
+
+def _existing(folder: Path) -> set[Path]:
+    """Return which of a folder, its content and its parents exist."""
+    return {path for path in (folder, *folder.parents, *folder.glob("*")) if path.exists()}
+
+
+def _forget(folder: Path, existed: set[Path]) -> None:
+    """Remove the job files of a refused run, and the folders made for them where nothing else came into them."""
+    for path in set(folder.glob("*")) - existed:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in (folder, *folder.parents):
+        if path in existed or any(path.iterdir()):
+            return
+        path.rmdir()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The job: what is pickled at submission and called on every rank, as often as the run is started.
+
+It is stateless: it carries the resolved recipe, and the trainer finds the newest checkpoint in the run folder by itself.
+A requeue after a node failure, where nobody is asked, therefore resumes just as one after a time-out does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+
+from cyclebnn_dist.config import RecipeError, recipe_from_dict
+
+FINISHED, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
+"""Exit statuses of a run, as cyclebnn_dist.train.main and the commands return them."""
+
+LAUNCHER_PID = "CYCLEBNN_LAUNCHER_PID"
+"""Environment variable of a local run: the process whose end is the run's end."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one rank ended: an exit status, and what the user should read."""
+
+    status: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train a recipe on this rank."""
+
+    recipe: dict[str, Any]
+    """The resolved recipe, as to_dict gives it: a queued job trains what was submitted, whatever the file says by then."""
+    run_dir: str
+    """The run folder; equal to the recipe's run.dir."""
+    cuda_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of a local run; None leaves what the scheduler set."""
+
+    def __call__(self) -> Outcome:
+        """Run to the end. What the user can mend is returned, not raised; everything else is raised."""
+        prepare_rank(self.cuda_devices)
+        try:
+            recipe = recipe_from_dict(self.recipe)
+            from cyclebnn_dist import train
+
+            return Outcome(train.main(recipe))
+        except RecipeError as error:
+            return Outcome(REFUSED, str(error) if os.environ["RANK"] == "0" else "")
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Tell submitit what to requeue: this job again. The trainer has saved before it lets submitit ask."""
+        return DelayedSubmission(self)
+
+
+def prepare_rank(cuda_devices: str | None = None) -> None:
+    """Export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, over stale ones.
+
+    The trainer picks its GPU by LOCAL_RANK, so CUDA_VISIBLE_DEVICES is left as the scheduler set it.
+    """
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    if cuda_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = cuda_devices
+    if LAUNCHER_PID in os.environ:
+        launcher = int(os.environ[LAUNCHER_PID])
+        threading.Thread(
+            target=_end_with, args=(os.getppid(), launcher), daemon=True, name="launcher watch"
+        ).start()
+
+
+def _end_with(parent: int, launcher: int) -> None:
+    """End this process when the processes that look after a local run are gone, so that none is left behind."""
+    while os.getppid() == parent and Path(f"/proc/{launcher}").exists():
+        time.sleep(1.0)
+    log.error("the launcher of this run is gone: ending")
+    os._exit(FAILED)

@@ -1,0 +1,101 @@
+"""Whole runs through the local executor. Without these a kill would cost a user more than the last checkpoint interval."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from launching import TINY_RECIPE, Launched, alive, wait_until
+from safetensors.torch import load_file
+
+from cyclebnn_dist.data.sample import generate_sample
+from cyclebnn_dist.metrics import read_journal
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tiny"
+    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
+    return path
+
+
+@pytest.fixture
+def start(tmp_path, tiny_data):
+    launched = []
+
+    def start(name: str, *, ranks: int, overrides: tuple[str, ...] = ()) -> Launched:
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(TINY_RECIPE.format(run_dir=tmp_path / name, data=tiny_data))
+        launched.append(Launched(recipe, tmp_path / name, ranks=ranks, overrides=overrides))
+        return launched[-1]
+
+    yield start
+    for one in launched:
+        if one._process.poll() is None:
+            one.end()
+
+
+def final_states(run_dir):
+    """Every tensor of the last checkpoint, by file."""
+    folder = max((run_dir / "checkpoints").glob("step_*"))
+    return folder.name, {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(start, ranks):
+    undisturbed = start("undisturbed", ranks=ranks)
+    status, output = undisturbed.wait(seconds=240)
+    assert status == 0, output
+
+    for life, (step, rank) in enumerate([(1, ranks - 1), (2, 0), (6, 1)]):
+        killed = start("killed", ranks=ranks)
+        killed.wait_for_step(step, seconds=120)
+        pids = killed.kill_rank(rank)
+        status, output = killed.wait(seconds=60)
+        assert status == 1, output
+        assert f"rank {rank}" in output, f"life {life}: the message does not name the killed rank\n{output}"
+        assert wait_until(lambda pids=pids: not alive(pids), seconds=30), "siblings of a killed rank live on"
+    resumed = start("killed", ranks=ranks)
+    status, output = resumed.wait(seconds=240)
+    assert status == 0, output
+    assert "resuming from the checkpoint of step" in output
+
+    name, expected = final_states(undisturbed.run_dir)
+    again_name, found = final_states(resumed.run_dir)
+    assert again_name == name
+    assert found.keys() == expected.keys()
+    for file in expected:
+        assert found[file].keys() == expected[file].keys()
+        for key, tensor in expected[file].items():
+            assert torch.equal(tensor, found[file][key]), f"{file}: {key}"
+
+    summaries = [json.loads((r.run_dir / "summary.json").read_text()) for r in (undisturbed, resumed)]
+    for key in ("steps", "bits", "sent_bytes", "fp32_bytes", "eval_top1", "eval_images", "training_saving_model"):
+        assert summaries[0][key] == summaries[1][key], key
+    losses = [
+        {r["step"]: r["loss"] for r in read_journal(one.run_dir) if r["event"] == "train"}
+        for one in (undisturbed, resumed)
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 10
+
+
+def test_a_finished_run_says_so_and_is_not_run_again(start):
+    assert start("run", ranks=1, overrides=("train.epochs=0.2",)).wait(seconds=120)[0] == 0
+    again = start("run", ranks=1, overrides=("train.epochs=0.2",))
+    rows = (again.run_dir / "metrics.jsonl").read_bytes()
+    status, output = again.wait(seconds=60)
+    assert status == 0
+    assert "finished" in output
+    assert "validation top-1" in output
+    assert (again.run_dir / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_run_folder_of_another_recipe_is_refused_by_name(start):
+    assert start("run", ranks=1, overrides=("train.epochs=0.2",)).wait(seconds=120)[0] == 0
+    other = start("run", ranks=1, overrides=("train.epochs=0.2", "optim.lr=0.5"))
+    status, output = other.wait(seconds=60)
+    assert status == 2, output
+    assert "optim.lr" in output
+    assert "Traceback" not in output

@@ -1,0 +1,52 @@
+"""Without these the numbers a user reads would not be those of the steps that count."""
+
+import json
+
+import pytest
+
+from cyclebnn_dist.metrics import Journal, Totals, read_journal
+from cyclebnn_dist.metrics.wandb_run import resolve_mode
+from cyclebnn_dist.precision.schedule import Widths
+
+
+def test_totals_count_bits_of_the_steps_that_ran_and_survive_a_restart():
+    totals = Totals()
+    for bits, count in ((2, 3), (8, 1)):
+        for _ in range(count):
+            totals.add_step(Widths(4, 8, bits), images=64, seconds=0.5, data_seconds=0.1, skipped=bits == 8)
+    restored = Totals()
+    restored.load_state_dict(json.loads(json.dumps(totals.state_dict())))
+    assert restored == totals
+    assert restored.bits("communication") == (2, 3.5, 8)
+    assert restored.bits("backward") == (8, 8.0, 8)
+    assert (restored.images, restored.skipped_steps, restored.train_seconds) == (256, 1, 2.0)
+
+
+def test_rows_a_kill_made_obsolete_are_not_read(tmp_path):
+    first = Journal(tmp_path, life=1)
+    first.write({"event": "start", "step": 0})
+    for step in (10, 20, 30):
+        first.write({"event": "train", "step": step, "loss": step})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    second = Journal(tmp_path, life=2)
+    second.write({"event": "start", "step": 20})
+    second.write({"event": "train", "step": 30, "loss": -30})
+    second.close()
+    rows = [(r["life"], r["step"], r.get("loss")) for r in read_journal(tmp_path) if r["event"] == "train"]
+    assert rows == [(1, 10, 10), (1, 20, 20), (2, 30, -30)]
+
+
+@pytest.mark.parametrize("value", ["online", "offline", "disabled"])
+def test_the_environment_decides_where_the_recipe_says_auto(monkeypatch, value):
+    monkeypatch.setenv("WANDB_MODE", value)
+    assert resolve_mode("auto") == value
+    assert resolve_mode("offline") == "offline"
+
+
+def test_without_a_key_nothing_asks_for_a_login(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert resolve_mode("auto") == "offline"

@@ -1,0 +1,92 @@
+"""Without these weights would be decayed or stepped by another rule than the recipe's."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cyclebnn_dist.config.recipe import OptimConfig
+from cyclebnn_dist.optimizer import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_state_by_name,
+    optimizer_state_by_name,
+    set_learning_rate,
+)
+
+KINDS = {"0.weight": "binary", "0.bias": "other", "1.weight": "real", "1.bias": "other"}
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lamb"])
+def test_each_kind_of_parameter_has_its_own_decay_and_rate(name):
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.3, binary_weight_decay=0.2, binary_lr_scale=0.5)
+    optimizer = build_optimizer(small_model(), config, kinds=KINDS)
+    set_learning_rate(optimizer, 0.04)
+    found = {name: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for name in g["names"]}
+    assert found == {
+        "0.weight": (0.2, 0.02),
+        "1.weight": (0.3, 0.04),
+        "0.bias": (0.0, 0.04),
+        "1.bias": (0.0, 0.04),
+    }
+
+
+def test_adamw_steps_as_its_paper_says():
+    model = small_model()
+    config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.5, betas=(0.8, 0.9))
+    optimizer = build_optimizer(model, config, kinds=dict.fromkeys(KINDS, "real"))
+    set_learning_rate(optimizer, 0.1)
+    weight = model[1].weight
+    gradients = [torch.randn(2, 3) for _ in range(3)]
+    expected, m, v = weight.detach().double().clone(), 0.0, 0.0
+    for t, g in enumerate(gradients, start=1):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        weight.grad = g.clone()
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * g.double(), 0.9 * v + 0.1 * g.double() ** 2
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_restored_state_makes_the_same_next_step():
+    def steps(model, optimizer, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            optimizer.zero_grad()
+            model(torch.randn(5, 4)).square().sum().backward()
+            optimizer.step()
+
+    whole, config = small_model(), OptimConfig(lr=0.05)
+    whole_optimizer = build_optimizer(whole, config, kinds=KINDS)
+    set_learning_rate(whole_optimizer, 0.05)
+    steps(whole, whole_optimizer, [1, 2])
+    again = small_model(seed=9)
+    again.load_state_dict(whole.state_dict())
+    again_optimizer = build_optimizer(again, config, kinds=KINDS)
+    set_learning_rate(again_optimizer, 0.05)
+    load_optimizer_state_by_name(again_optimizer, copy.deepcopy(optimizer_state_by_name(whole_optimizer)))
+    steps(whole, whole_optimizer, [3, 4])
+    steps(again, again_optimizer, [3, 4])
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_shapes():
+    def rate(step, **keys):
+        return learning_rate(step, OptimConfig(lr=2.0, **keys), total_steps=100, steps_per_epoch=10)
+
+    assert [rate(s, warmup_epochs=1.0) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert rate(10, warmup_epochs=1.0) == 2.0
+    assert rate(50) == pytest.approx(1.0)
+    assert rate(25, min_lr=0.5) == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi / 4)))
+    assert rate(75, schedule="linear") == pytest.approx(0.5)
+    assert [rate(s, schedule="step", milestones=(3.0, 6.0)) for s in (29, 30, 60)] == pytest.approx([2, 0.2, 0.02])
+    assert rate(99, schedule="constant") == 2.0

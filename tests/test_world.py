@@ -1,0 +1,74 @@
+"""Without these a process would take the wrong place among the ranks, or half of them would go on after a failure."""
+
+import pytest
+import torch
+from worlds import make_world
+
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.world import all_succeed, discover_world, mean_in_rank_order, on_main, sum_over_ranks
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "9"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        (TORCHRUN, (5, 8, 1, "environment")),
+        (SLURM, (3, 4, 1, "slurm")),
+        (SLURM | TORCHRUN, (5, 8, 1, "environment")),
+        ({}, (0, 1, 0, "alone")),
+        ({"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4"}, (0, 1, 0, "alone")),
+    ],
+)
+def test_the_place_is_read_from_whoever_started_the_process(environ, place):
+    world = discover_world(environ=environ)
+    assert (world.rank, world.size, world.local_rank, world.source) == place
+
+
+def test_half_an_environment_is_refused():
+    with pytest.raises(RecipeError, match="MASTER_ADDR, MASTER_PORT"):
+        discover_world(environ={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+def share(rank, size):
+    world = make_world(rank, size)
+    values = torch.tensor([0.1 * (rank + 1), 1e30 if rank == 1 else -1e30 if rank == 2 else 1.0])
+    counted = sum_over_ranks(world, torch.tensor([rank, 2**40]))
+    told = on_main(world, lambda: f"from {rank}")
+    return mean_in_rank_order(world, values).tolist(), counted.tolist(), told
+
+
+def test_small_collectives_give_every_rank_the_same_values(ranks):
+    results = ranks(3, share)
+    assert results[0] == results[1] == results[2]
+    mean, counted, told = results[0]
+    assert mean == pytest.approx([0.2, 1 / 3])
+    assert counted == [3, 3 * 2**40]
+    assert told == "from 0"
+
+
+def fail(rank, size, failing, kind):
+    world = make_world(rank, size)
+
+    def work():
+        if rank == failing:
+            raise RecipeError("data.path", "gone") if kind == "recipe" else OSError("disk full")
+
+    seen = []
+    for attempt in (lambda: all_succeed(world, work, what="saving"), lambda: on_main(world, work)):
+        try:
+            attempt()
+            seen.append("")
+        except (RecipeError, RuntimeError, OSError) as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    return seen
+
+
+def test_a_failure_of_one_rank_is_everyones(ranks):
+    for seen in ranks(2, fail, 1, "system"):
+        assert "saving failed on 1 of 2 ranks: rank 1: OSError: disk full" in seen[0]
+        assert seen[1] == ""
+    for seen in ranks(2, fail, 0, "recipe"):
+        assert "data.path: gone" in seen[0]
+        assert seen[1] == "RecipeError: data.path: gone"
