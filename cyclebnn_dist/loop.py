@@ -137,7 +137,6 @@ def train_step(run: Run) -> StepResult:
         step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
     )
     run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested)
-    set_widths(run.model, forward_bits=widths.forward_bits, backward_bits=widths.backward_bits, step=step)
     run.engine.begin_step(step, lr=lr, communication_bits=widths.communication_bits)
     accumulation = recipe.train.accumulation
     total_loss = torch.zeros((), device=run.world.device)
@@ -145,6 +144,13 @@ def train_step(run: Run) -> StepResult:
     stop = False
     for micro_step in range(accumulation):
         last = micro_step == accumulation - 1
+        set_widths(
+            run.model,
+            forward_bits=widths.forward_bits,
+            backward_bits=widths.backward_bits,
+            step=step * accumulation + micro_step,
+            seed=recipe.run.seed * run.world.size + run.world.rank,
+        )
         waiting = time.perf_counter()
         batch = run.train_loader.next()
         data_seconds += time.perf_counter() - waiting
@@ -257,7 +263,7 @@ def evaluate(
     loss_sum = torch.zeros(1, dtype=torch.float64)
     was_training = model.training
     model.eval()
-    set_widths(model, forward_bits=forward_bits, backward_bits=32, step=0)
+    set_widths(model, forward_bits=forward_bits, backward_bits=32)
     with using_buffers(model, averaged_buffers(model, world=world)):
         for batch in loader:
             with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):

@@ -9,8 +9,9 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
+from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, render_reference, to_dict
 from launch.profile import ClusterProfile, load_profile, num_tasks_per_node
 
 EXAMPLES = """\
@@ -55,7 +56,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="show sbatch text and layer table; submit and write nothing"
     )
+    parser.add_argument(
+        "--profile-reference", action=_ProfileReference, help="explain every key of a profile and exit"
+    )
     return parser
+
+
+class _ProfileReference(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(render_reference(settings=ClusterProfile), end="")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,12 +115,33 @@ def _launch(arguments: argparse.Namespace) -> int:
     return _debug(recipe, run_dir)
 
 
+def check_shares(recipe: Recipe, *, ranks: int) -> None:
+    """Refuse a global batch that so many ranks cannot share evenly.
+
+    Raises:
+        RecipeError: naming the numbers.
+    """
+    images, accumulation = recipe.train.global_batch_size, recipe.train.accumulation
+    if images % (ranks * accumulation):
+        raise RecipeError(
+            "train.global_batch_size",
+            f"{images} images cannot be shared by {ranks} ranks x {accumulation} accumulated batches",
+            "choose a multiple, or another number of ranks (--nodes, --tasks-per-node)",
+        )
+
+
 def _submit(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
     from launch.job import Job
     from launch.submit import FOLDER, submit_slurm
 
-    job = submit_slurm(Job(to_dict(recipe), str(run_dir)), profile=profile, folder=run_dir / FOLDER)
-    log = run_dir / FOLDER / f"{job.job_id}_0_log.out"
+    check_shares(recipe, ranks=profile.nodes * num_tasks_per_node(profile))
+    folder, existed = run_dir / FOLDER, _existing(run_dir / FOLDER)
+    try:
+        job = submit_slurm(Job(to_dict(recipe), str(run_dir)), profile=profile, folder=folder)
+    except RecipeError:
+        _forget(folder, existed)
+        raise
+    log = folder / f"{job.job_id}_0_log.out"
     print(f"submitted job {job.job_id}")
     print(f"  run folder  {run_dir}\n  log         {log}")
     print(
@@ -123,13 +157,7 @@ def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
 
     gpus = choose_gpus(profile)
     tasks = num_tasks_per_node(profile, visible_gpus=len(gpus))
-    if recipe.train.global_batch_size % (tasks * recipe.train.accumulation):
-        raise RecipeError(
-            "train.global_batch_size",
-            f"{recipe.train.global_batch_size} images cannot be shared by {tasks} ranks"
-            f" x {recipe.train.accumulation} accumulated batches",
-            "choose a multiple, or another number of ranks (--tasks-per-node)",
-        )
+    check_shares(recipe, ranks=tasks)
     folder, existed = run_dir / FOLDER, _existing(run_dir / FOLDER)
     devices = (
         ",".join(gpus)
@@ -179,7 +207,7 @@ def _forget(folder: Path, existed: set[Path]) -> None:
     for path in set(folder.glob("*")) - existed:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for path in (folder, *folder.parents):
-        if path in existed or any(path.iterdir()):
+        if path in existed or not path.is_dir() or any(path.iterdir()):
             return
         path.rmdir()
 

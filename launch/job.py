@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
+from launch.processes import Process, is_running, look, marked, send
 
 FINISHED, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
 """Exit statuses of a run, as cyclebnn_dist.train.main and the commands return them."""
 
 LAUNCHER_PID = "CYCLEBNN_LAUNCHER_PID"
 """Environment variable of a local run: the process whose end is the run's end."""
+
+MARK = "CYCLEBNN_LAUNCH"
+"""Environment variable that marks every process of one local run."""
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +52,23 @@ class Job:
     """CUDA_VISIBLE_DEVICES of a local run; None leaves what the scheduler set."""
 
     def __call__(self) -> Outcome:
-        """Run to the end. What the user can mend is returned, not raised; everything else is raised."""
+        """Run to the end. What the user can mend is returned, not raised; everything else is raised.
+
+        Raises:
+            SystemExit: on Slurm, for a run that failed or was refused, so that Slurm counts the job as failed.
+        """
         prepare_rank(self.cuda_devices)
         try:
             recipe = recipe_from_dict(self.recipe)
             from cyclebnn_dist import train
 
-            return Outcome(train.main(recipe))
+            outcome = Outcome(train.main(recipe))
         except RecipeError as error:
-            return Outcome(REFUSED, str(error) if os.environ["RANK"] == "0" else "")
+            outcome = Outcome(REFUSED, str(error) if os.environ["RANK"] == "0" else "")
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and outcome.status in (FAILED, REFUSED):
+            print(outcome.message, file=sys.stderr, flush=True)
+            sys.exit(outcome.status)
+        return outcome
 
     def checkpoint(self) -> DelayedSubmission:
         """Tell submitit what to requeue: this job again. The trainer has saved before it lets submitit ask."""
@@ -73,15 +86,16 @@ def prepare_rank(cuda_devices: str | None = None) -> None:
     if cuda_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_devices
     if LAUNCHER_PID in os.environ:
-        launcher = int(os.environ[LAUNCHER_PID])
-        threading.Thread(
-            target=_end_with, args=(os.getppid(), launcher), daemon=True, name="launcher watch"
-        ).start()
+        launcher = look(int(os.environ[LAUNCHER_PID]))
+        watcher = threading.Thread(target=_end_with, args=(os.getppid(), launcher), daemon=True)
+        watcher.start()
 
 
-def _end_with(parent: int, launcher: int) -> None:
-    """End this process when the processes that look after a local run are gone, so that none is left behind."""
-    while os.getppid() == parent and Path(f"/proc/{launcher}").exists():
+def _end_with(parent: int, launcher: Process | None) -> None:
+    """End the run when one of the processes that look after it is gone, so that none is left behind."""
+    while os.getppid() == parent and launcher is not None and is_running(launcher):
         time.sleep(1.0)
     log.error("the launcher of this run is gone: ending")
+    if MARK in os.environ:
+        send(marked(f"{MARK}={os.environ[MARK]}"), signal.SIGKILL)
     os._exit(FAILED)

@@ -11,20 +11,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import submitit
 from submitit.helpers import clean_env
 
 from cyclebnn_dist.config import RecipeError
-from launch.job import LAUNCHER_PID
+from launch.job import LAUNCHER_PID, MARK
 from launch.profile import ClusterProfile, num_tasks_per_node
 
 FOLDER = "submitit"
 """Folder of job files and logs, inside the run folder."""
-
-MARK = "CYCLEBNN_LAUNCH"
-"""Environment variable that marks every process of one local run."""
 
 NO_TIME_LIMIT_MIN = 60 * 24 * 3650
 
@@ -135,7 +132,7 @@ def start_local(
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if main_thread else None
     try:
         with environ(variables):
-            return executor.submit(job)
+            return cast("submitit.LocalJob[Any]", executor.submit(job))
     finally:
         if main_thread:
             signal.signal(signal.SIGINT, previous)

@@ -6,7 +6,6 @@ another was killed. The watch sees each rank's process end and takes care of the
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -22,9 +21,8 @@ import submitit
 from submitit.core.utils import JobPaths, pickle_load
 
 from launch import processes
-from launch.job import FAILED, FINISHED, PREEMPTED, Outcome
+from launch.job import FAILED, FINISHED, MARK, PREEMPTED, Outcome
 from launch.processes import Process
-from launch.submit import MARK
 
 SIBLING_SECONDS = 10.0
 """How long the other ranks may take to end by themselves after one died; they usually do, and say why."""
@@ -80,6 +78,7 @@ class _Watch:
         self.ranks: dict[int, Rank] = {}
         self.read_bytes = 0
         self.stop_asked: float | None = None
+        self.remind_at = 0.0
         self.siblings_killed = False
 
     def run(self) -> Outcome:
@@ -163,19 +162,24 @@ class _Watch:
             return
         if self.running() and time.monotonic() - failed.ended > SIBLING_SECONDS:
             others = ", ".join(str(rank.rank) for rank in self.running())
-            self.say(f"rank {failed.rank} {_manner(failed.exit_status)}; ending the others too: {others}")
+            self.say(
+                f"rank {failed.rank} {processes.manner_of_end(failed.exit_status)}; ending the others too: {others}"
+            )
             self.siblings_killed = True
             self.kill_ranks()
 
     def obey_signals(self) -> None:
         if not self.received:
             return
+        now = time.monotonic()
         if self.stop_asked is None:
-            self.stop_asked = time.monotonic()
+            self.stop_asked = now
             if self.running():
                 self.say(f"{self.received[0].name}: the ranks save and end; once more ends them at once")
+        if now >= self.remind_at:  # a rank that was still starting has not heard the first
+            self.remind_at = now + 5.0
             processes.send((rank.process for rank in self.running()), signal.SIGTERM)
-        if len(self.received) > 1 or time.monotonic() - self.stop_asked > SAVE_SECONDS or not self.ranks:
+        if len(self.received) > 1 or now - self.stop_asked > SAVE_SECONDS or not self.ranks:
             self.sweep()
 
     def kill_ranks(self) -> None:
@@ -190,7 +194,7 @@ class _Watch:
     def sweep(self) -> None:
         """Kill whatever is left of the run; after a run that ended by itself its helpers get a moment to end."""
         controller = self.job._process
-        patience = 5.0 if controller is not None and controller.poll() is not None else 0.0
+        patience = 3.0 if controller is not None and controller.poll() is not None else 0.0
         deadline = time.monotonic() + patience
         while (left := processes.marked(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -230,7 +234,7 @@ class _Watch:
     def failure_text(self, failed: Rank) -> str:
         path = self.log(failed.rank)
         lines = [line for line in _lines(path) if not line.startswith(QUIET)][-LAST_LINES:]
-        head = f"rank {failed.rank} (process {failed.process.pid}) {_manner(failed.exit_status)}; all ranks have ended"
+        head = f"rank {failed.rank} (process {failed.process.pid}) {processes.manner_of_end(failed.exit_status)}; all ranks have ended"
         return "\n".join([head, f"the last lines of its log, {path}:", *(f"  {line}" for line in lines)])
 
     def log(self, rank: int) -> Path:
@@ -276,17 +280,6 @@ def _signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
-
-
-def _manner(exit_status: int | None) -> str:
-    """Return how a process ended, as far as it could be seen."""
-    if exit_status is None:
-        return "ended without a result"
-    if os.WIFSIGNALED(exit_status):
-        number = os.WTERMSIG(exit_status)
-        hint = " (somebody's kill, or the machine is out of memory)" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
-    return f"ended with status {os.waitstatus_to_exitcode(exit_status)}"
 
 
 def _modified(path: Path) -> int:

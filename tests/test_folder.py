@@ -37,7 +37,10 @@ def test_other_files_and_hidden_ones_are_left_out(tmp_path):
 
 def test_the_list_survives_a_broadcast_and_its_digest_tells_sets_apart(tmp_path):
     """Other ranks would read other files; a resumed run would not notice a changed data set."""
-    make_tree(tmp_path, {"a/train/x": ["1.jpg", "2.jpg"], "b/train/x": ["1.jpg", "2.jpg"], "c/train/x": ["1.jpg", "3.jpg"]})
+    make_tree(
+        tmp_path,
+        {"a/train/x": ["1.jpg", "2.jpg"], "b/train/x": ["1.jpg", "2.jpg"], "c/train/x": ["1.jpg", "3.jpg"]},
+    )
     lists = {name: scan_folder(tmp_path / name, "train", num_classes=1) for name in "abc"}
     copy = pickle.loads(pickle.dumps(lists["a"]))
     assert (copy.files, copy.labels.tolist(), copy.root) == (lists["a"].files, [0, 0], lists["a"].root)

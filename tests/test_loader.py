@@ -8,11 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import pipeline_def
 from PIL import Image
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data import EvalLoader, TrainLoader, scan_folder
+from cyclebnn_dist.data import EvalLoader, TrainLoader, pipeline, scan_folder
 from cyclebnn_dist.data.order import epoch_permutation, uniforms
 from cyclebnn_dist.data.pipeline import num_columns, training_feeds
 
@@ -43,7 +44,14 @@ def images(folder):
 
 def train_loader(images, *, batch_size=4, rank=0, world_size=1, seed=7, config=CONFIG, **kwargs):
     return TrainLoader(
-        images, config, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, device=CPU, **kwargs
+        images,
+        config,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        device=CPU,
+        **kwargs,
     )
 
 
@@ -53,6 +61,10 @@ def take(loader, count):
 
 def ids_of(batches):
     return [batch.ids.tolist() for batch in batches]
+
+
+def flat(batches):
+    return [index for batch in batches for index in batch.ids.tolist()]
 
 
 def assert_same(left, right):
@@ -70,7 +82,7 @@ def test_a_batch_has_the_promised_shapes_and_the_labels_of_its_ids(images):
         assert batch.images.shape == (4, 3, 16, 16)
         assert batch.images.dtype == torch.float32
         assert batch.labels.dtype == batch.ids.dtype == torch.int64
-        assert batch.labels.tolist() == images.labels[batch.ids].tolist()
+        assert batch.labels.tolist() == images.labels[batch.ids.numpy()].tolist()
         brightness = batch.images.mean(dim=(2, 3)) * torch.tensor(CONFIG.std) + torch.tensor(CONFIG.mean)
         expected = (9 * batch.ids).clamp(10, 245)[:, None] / 255
         assert torch.allclose(brightness, expected.expand(-1, 3), atol=0.05)
@@ -108,8 +120,8 @@ def test_the_epoch_ends_where_the_trainer_says(images):
     loader = train_loader(images, batch_size=4, steps_per_epoch=4)
     first, second = take(loader, 4), take(loader, 4)
     order = [epoch_permutation(COUNT, seed=7, epoch=epoch)[:16].tolist() for epoch in (0, 1)]
-    assert sum(ids_of(first), []) == order[0]
-    assert sum(ids_of(second), []) == order[1]
+    assert flat(first) == order[0]
+    assert flat(second) == order[1]
 
 
 @pytest.mark.parametrize("augment", ["none", "randaugment", "trivialaugment"])
@@ -168,7 +180,7 @@ def test_the_position_carries_over_exactly_to_another_number_of_ranks(images, ra
         loader.load_state_dict(before[0].state_dict())
     for _ in range(3):
         continued, expected = ([loader.next() for loader in group] for group in (after, before))
-        assert sum(ids_of(continued), []) == sum(ids_of(expected), [])
+        assert flat(continued) == flat(expected)
         assert torch.equal(torch.cat([b.images for b in continued]), torch.cat([b.images for b in expected]))
     assert not caplog.records
 
@@ -180,7 +192,7 @@ def test_accumulation_may_change_across_a_restart(images):
     after = train_loader(images, batch_size=8, steps_per_epoch=3)
     after.load_state_dict(before.state_dict())
     assert (after.epoch, after.position) == (1, 4)
-    assert after.next().ids.tolist() == sum(ids_of(take(before, 2)), [])
+    assert after.next().ids.tolist() == flat(take(before, 2))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +215,7 @@ def test_a_position_that_cannot_be_carried_over_is_said_once(images, folder, cha
     seed = change.get("seed", 7)
     remaining = take(after, after.steps_per_epoch - after.position % after.steps_per_epoch)
     order = epoch_permutation(COUNT, seed=seed, epoch=1)
-    assert sum(ids_of(remaining), []) == order[: sum(map(len, ids_of(remaining)))].tolist()
+    assert flat(remaining) == order[: len(flat(remaining))].tolist()
     begun = epoch_permutation(COUNT, seed=seed, epoch=2)
     assert after.epoch == 2
     assert after.next().ids.tolist() == begun[: len(after.next().ids)].tolist()
@@ -249,7 +261,7 @@ def test_evaluation_counts_every_image_once_and_again_the_same(folder, world_siz
     assert seen == Counter(range(COUNT))
     for batches in first:
         for batch in batches:
-            assert batch.labels.tolist() == images.labels[batch.ids].tolist()
+            assert batch.labels.tolist() == images.labels[batch.ids.numpy()].tolist()
     for loader, batches in zip(loaders[:3], first, strict=False):
         assert_same(list(loader), batches)
 
@@ -259,7 +271,7 @@ def test_an_evaluation_that_is_broken_off_does_not_leak_into_the_next(folder):
     images = scan_folder(folder, "val", num_classes=2)
     loader = EvalLoader(images, CONFIG, batch_size=4, rank=0, world_size=1, device=CPU)
     next(iter(loader))
-    assert sorted(sum(ids_of(loader), [])) == list(range(COUNT))
+    assert sorted(flat(loader)) == list(range(COUNT))
 
 
 def test_evaluation_does_not_disturb_training(images, folder):
@@ -318,7 +330,9 @@ def test_the_flip_and_the_crop_are_those_of_the_recipe(tmp_path):
     for index in range(64):
         Image.fromarray(ramp.copy()).save(tmp_path / "train" / "x" / f"{index}.png")
     images = scan_folder(tmp_path, "train", num_classes=1)
-    config = dataclasses.replace(CONFIG, scale=(0.25, 0.25), ratio=(1.0, 1.0), mean=(0.0,) * 3, std=(1.0,) * 3)
+    config = dataclasses.replace(
+        CONFIG, scale=(0.25, 0.25), ratio=(1.0, 1.0), mean=(0.0,) * 3, std=(1.0,) * 3
+    )
     batches = take(train_loader(images, batch_size=64, config=config), 4)
     rows = torch.cat([batch.images for batch in batches])[:, 0, 8]
     spread = (rows[:, -1] - rows[:, 0]).abs()
@@ -346,12 +360,52 @@ def test_crop_sizes_follow_torchvisions_random_resized_crop():
 
 def test_random_numbers_depend_on_seed_epoch_and_place_alone():
     """Augmentation would depend on how the batch was cut."""
-    whole = uniforms(range(0, 40), 24, seed=5, epoch=2)
+    whole = uniforms(range(40), 24, seed=5, epoch=2)
     assert np.array_equal(uniforms(range(13, 29), 24, seed=5, epoch=2), whole[13:29])
     assert 0 <= whole.min() < whole.max() < 1
     assert abs(whole.mean() - 0.5) < 0.05
     for seed, epoch in ((5, 3), (6, 2)):
-        assert not np.array_equal(uniforms(range(0, 40), 24, seed=seed, epoch=epoch), whole)
+        assert not np.array_equal(uniforms(range(40), 24, seed=seed, epoch=epoch), whole)
     orders = {tuple(epoch_permutation(50, seed=s, epoch=e)) for s in range(3) for e in range(3)}
     assert len(orders) == 9
     assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_the_crop_window_is_torchvisions_for_every_shape_of_image(tmp_path):
+    """Wide and tall images would be cropped by another rule than published recipes were tuned with."""
+    shapes = [(40, 40), (30, 60), (90, 30), (20, 200), (160, 16), (7, 5)] * 8
+    for index, shape in enumerate(shapes):
+        Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    config = dataclasses.replace(CONFIG, scale=(0.3, 1.0))
+    random = uniforms(range(len(shapes)), num_columns(config), seed=1, epoch=0)
+    feeds = training_feeds(config, random)
+
+    @pipeline_def(batch_size=len(shapes), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def windows():
+        encoded, _ = pipeline._encoded()
+        return pipeline._crop_window(encoded, config)
+
+    built = windows()
+    paths = [np.frombuffer(str(tmp_path / f"{i}.png").encode(), np.uint8) for i in range(len(shapes))]
+    inputs = {name: feeds[name] for name in ("crop_width", "crop_height", "crop_place")}
+    starts, sizes = (output.as_array() for output in built.run(paths=paths, **inputs))
+
+    fallbacks = 0
+    for index, (height, width) in enumerate(shapes):
+        stretch = (height / width) ** 0.5
+        tries = zip(
+            feeds["crop_width"][index] * width * stretch,
+            feeds["crop_height"][index] * height / stretch,
+            strict=True,
+        )
+        fitting = [(w, h) for w, h in tries if w <= width and h <= height]
+        low, high = config.ratio
+        fallbacks += not fitting
+        w, h = fitting[0] if fitting else (min(width, height * high), min(height, width / low))
+        assert sizes[index].tolist() == [pytest.approx(h, abs=0.51), pytest.approx(w, abs=0.51)]
+        free = np.array([height, width]) - sizes[index]
+        assert (starts[index] >= 0).all()
+        assert (starts[index] <= free).all()
+        if not fitting:
+            assert (np.abs(starts[index] - free / 2) <= 0.5).all()
+    assert 8 <= fallbacks < len(shapes)

@@ -83,7 +83,9 @@ def test_a_sample_set_of_other_size_or_seed_is_refused_by_name(tmp_path):
         generate_sample(tmp_path / "set", workers=1, seed=1, **SMALL)
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_train", 5), ("num_val", 0), ("image_size", 4), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_train", 5), ("num_val", 0), ("image_size", 4), ("seed", -1)]
+)
 def test_sizes_out_of_range_are_refused(tmp_path, key, value):
     """A class would be empty, and training fail later with a stranger message."""
     with pytest.raises(RecipeError, match="at least"):

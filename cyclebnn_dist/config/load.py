@@ -164,9 +164,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(str(path), "is a folder, not a YAML file") from None
     except OSError as error:
         if isinstance(error, FileNotFoundError):
-            raise RecipeError(
-                str(path), "no such file", "name a recipe, e.g. recipes/quickstart.yaml"
-            ) from None
+            raise RecipeError(str(path), "no such file", f"the path is taken from {Path.cwd()}") from None
         if error.errno is not None:
             raise RecipeError(str(path), f"cannot be read: {error.strerror}") from None
         values = None  # OmegaConf's way to say that the file holds one scalar

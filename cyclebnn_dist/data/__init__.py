@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cyclebnn_dist.data.folder import ImageList, check_global_batch, scan_folder
-    from cyclebnn_dist.data.loader import Batch, EvalLoader, TrainLoader
+    from cyclebnn_dist.data.loader import EvalLoader, TrainLoader
+    from cyclebnn_dist.data.reader import Batch
     from cyclebnn_dist.data.sample import generate_sample
 
 __all__ = [
@@ -19,7 +20,7 @@ __all__ = [
     "scan_folder",
 ]
 
-_HOMES = {"Batch": "loader", "EvalLoader": "loader", "TrainLoader": "loader", "generate_sample": "sample"}
+_HOMES = {"Batch": "reader", "EvalLoader": "loader", "TrainLoader": "loader", "generate_sample": "sample"}
 
 
 def __getattr__(name: str) -> Any:

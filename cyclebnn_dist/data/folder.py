@@ -111,7 +111,9 @@ def check_global_batch(images: ImageList, global_batch_size: int) -> None:
 def _class_names(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(
+                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+            )
     except FileNotFoundError:
         missing = root if root.parent.is_dir() else root.parent
         raise RecipeError(
@@ -129,7 +131,9 @@ def _image_names(folder: Path) -> list[str]:
             return sorted(
                 entry.name
                 for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+                if entry.name.lower().endswith(EXTENSIONS)
+                and not entry.name.startswith(".")
+                and entry.is_file()
             )
     except PermissionError as error:
         raise RecipeError("data.path", f"cannot list {folder}: {error.strerror}") from None

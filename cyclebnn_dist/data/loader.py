@@ -3,129 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import itertools
 import logging
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
+import nvidia.dali
 import torch
-from PIL import Image
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data.folder import ImageList
 from cyclebnn_dist.data.order import epoch_permutation, uniforms
-from cyclebnn_dist.data.pipeline import build_pipeline, num_columns, training_feeds
+from cyclebnn_dist.data.pipeline import num_columns, training_feeds
+from cyclebnn_dist.data.reader import Batch, Reader
 
 log = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Images of one step of one rank.
-
-    Attributes:
-        images: float32 [B, 3, S, S], normalised, on the loader's device.
-        labels: int64 [B], class indices, on the loader's device.
-        ids: int64 [B], indices into the image list, on the CPU.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    ids: torch.Tensor
-
-
-class _Reader:
-    """A DALI pipeline and the batches it is working on, first in, first out."""
-
-    def __init__(
-        self,
-        images: ImageList,
-        config: DataConfig,
-        *,
-        batch_size: int,
-        training: bool,
-        device: torch.device,
-        channels_last: bool,
-    ) -> None:
-        self._images = images
-        self._labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
-        self._device = device
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._pipeline = build_pipeline(config, training=training, batch_size=batch_size, device=device)
-        self._in_flight: deque[np.ndarray] = deque()
-        self._primed = False
-
-    def __len__(self) -> int:
-        return len(self._in_flight)
-
-    def submit(self, ids: np.ndarray, **feeds: np.ndarray) -> None:
-        """Start reading images ``ids``; ``feeds`` are further inputs of the pipeline, [B, ...] each."""
-        if not self._primed:
-            self._prime(ids[:1], {name: values[:1] for name, values in feeds.items()})
-        self._feed(ids, feeds)
-        self._pipeline.schedule_run()
-
-    def _prime(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
-        """A pipeline's first run takes as many batches as it prefetches; give it ones that nobody asked for."""
-        for _ in range(self._pipeline.prefetch_queue_depth):
-            self._feed(ids, feeds)
-        self._pipeline.schedule_run()
-        while self._in_flight:
-            self.collect()
-        self._primed = True
-
-    def _feed(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
-        paths = [np.frombuffer(self._images.path(index).encode(errors="surrogateescape"), np.uint8) for index in ids]
-        for name, values in {"paths": paths, "ids": ids, **feeds}.items():
-            self._pipeline.feed_input(name, values)
-        self._in_flight.append(ids)
-
-    def collect(self) -> Batch:
-        """Wait for the oldest submitted batch.
-
-        Raises:
-            RecipeError: an image cannot be read; the message names the file.
-        """
-        try:
-            if self._device.type == "cuda":
-                outputs = self._pipeline.share_outputs(torch.cuda.current_stream(self._device).cuda_stream)
-            else:
-                outputs = self._pipeline.share_outputs()
-        except RuntimeError as error:
-            raise self._explain(error) from error
-        # DALI reuses its buffers, hence the copies.
-        images = torch.from_dlpack(outputs[0].as_tensor()).permute(0, 3, 1, 2).clone(memory_format=self._layout)
-        ids = torch.from_dlpack(outputs[1].as_tensor()).clone()
-        self._pipeline.release_outputs()
-        expected = self._in_flight.popleft()
-        assert np.array_equal(ids.numpy(), expected)
-        return Batch(images=images, labels=self._labels[ids.to(self._device)], ids=ids)
-
-    def drain(self) -> None:
-        """Throw away what was submitted and not collected."""
-        while self._in_flight:
-            self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
-            self._in_flight.popleft()
-
-    def _explain(self, error: RuntimeError) -> Exception:
-        """DALI's message does not name the file, so look for it among the batches in flight."""
-        for index in itertools.chain.from_iterable(self._in_flight):
-            path = self._images.path(int(index))
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except Exception as reason:
-                return RecipeError("data.path", f"cannot read image {path}: {reason}", "repair or remove the file")
-        tried = ", ".join(self._images.files[int(index)] for index in self._in_flight[0][:8])
-        return RuntimeError(f"DALI failed on a batch of {self._images.root} that begins with {tried}: {error}")
 
 
 class TrainLoader:
@@ -180,7 +76,7 @@ class TrainLoader:
         self._seed = seed
         self._device = device
         self._channels_last = channels_last
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._position = 0
         self._submitted = 0
@@ -203,7 +99,7 @@ class TrainLoader:
             RecipeError: an image cannot be read; the message names the file.
         """
         if self._reader is None:
-            self._reader = _Reader(
+            self._reader = Reader(
                 self._images,
                 self._config,
                 batch_size=self._batch_size,
@@ -219,8 +115,7 @@ class TrainLoader:
 
     def seek(self, position: int) -> None:
         """Continue as if ``position`` batches had been handed out."""
-        if self._reader is not None:
-            self._reader.drain()
+        self.close()
         self._position = self._submitted = position
         self._restarted = (-1, 0)
 
@@ -274,16 +169,16 @@ class TrainLoader:
         self.seek(epoch * self.steps_per_epoch + step)
         self._restarted = (epoch, step - place // self._global)
         if state["pipeline"] != self._fingerprint():
-            self._warn("data settings or DALI's version changed: the same images follow, but pixels may differ")
+            self._warn(
+                "data settings or DALI's version changed: the same images follow, but pixels may differ"
+            )
 
     def close(self) -> None:
         """Stop DALI's threads and free its buffers; ``next`` would start them again."""
-        if self._reader is not None:
-            self._reader.drain()
-            self._reader = None
-            self._submitted = self._position
+        self._reader = None
+        self._submitted = self._position
 
-    def _fill(self, reader: _Reader) -> None:
+    def _fill(self, reader: Reader) -> None:
         while len(reader) < self._config.prefetch:
             epoch, step = divmod(self._submitted, self.steps_per_epoch)
             first = (step - self._skipped_in(epoch)) * self._global + self._rank * self._batch_size
@@ -304,8 +199,10 @@ class TrainLoader:
         return self._restarted[1] if epoch == self._restarted[0] else 0
 
     def _fingerprint(self) -> str:
-        settings = [value for name, value in vars(self._config).items() if name not in ("path", "threads", "prefetch")]
-        text = repr((settings, importlib.metadata.version("nvidia-dali-cuda130"), self._device.type))
+        settings = [
+            value for name, value in vars(self._config).items() if name not in ("path", "threads", "prefetch")
+        ]
+        text = repr((settings, nvidia.dali.__version__, self._device.type))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _warn(self, message: str) -> None:
@@ -337,7 +234,7 @@ class EvalLoader:
         self._mine = np.arange(rank, len(images), world_size, dtype=np.int64)
         self._device = device
         self._channels_last = channels_last
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
 
     def __len__(self) -> int:
         """Batches of this rank in one pass."""
@@ -349,8 +246,8 @@ class EvalLoader:
         Raises:
             RecipeError: an image cannot be read; the message names the file.
         """
-        if self._reader is None:
-            self._reader = _Reader(
+        if self._reader is None or len(self._reader):
+            self._reader = Reader(
                 self._images,
                 self._config,
                 batch_size=self._batch_size,
@@ -359,7 +256,6 @@ class EvalLoader:
                 channels_last=self._channels_last,
             )
         reader = self._reader
-        reader.drain()
         starts = iter(range(0, len(self._mine), self._batch_size))
         for start in itertools.islice(starts, self._config.prefetch):
             reader.submit(self._mine[start : start + self._batch_size])
@@ -371,6 +267,4 @@ class EvalLoader:
 
     def close(self) -> None:
         """Stop DALI's threads and free its buffers; another pass would start them again."""
-        if self._reader is not None:
-            self._reader.drain()
-            self._reader = None
+        self._reader = None

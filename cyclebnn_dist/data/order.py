@@ -25,7 +25,8 @@ def uniforms(places: range, columns: int, *, seed: int, epoch: int) -> np.ndarra
         places: consecutive places of the epoch's permutation.
         columns: a multiple of 4, the words Philox makes per counter value.
     """
-    assert columns % 4 == 0 and places.step == 1
+    assert columns % 4 == 0
+    assert places.step == 1
     generator = _philox(seed, epoch, _AUGMENTATION)
     generator.advance(places.start * (columns // 4))
     words = generator.random_raw(len(places) * columns)

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia import dali
+from nvidia.dali import math, pipeline_def
 from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from nvidia.dali.auto_aug.core import select, signed_bin
 
@@ -20,20 +21,28 @@ from cyclebnn_dist.config.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
+# DALI makes the names in these modules when it is imported; type checkers cannot see them.
+fn: Any = dali.fn
+types: Any = dali.types
+
 CROP_ATTEMPTS = 10
 MAGNITUDE_BINS = 31
 _FILL = 128
 
 
-def build_pipeline(config: DataConfig, *, training: bool, batch_size: int, device: torch.device) -> Any:
+def build_pipeline(
+    config: DataConfig, *, training: bool, batch_size: int, device: torch.device, layout: str
+) -> Any:
     """Build a pipeline with the inputs of ``feeds`` and the outputs (images, ids).
 
-    Images are float32 [B, S, S, 3] in memory order, on ``device``; ids int64 [B] on the CPU.
+    Images are float32 on ``device``, [B, 3, S, S] for the layout ``CHW``, [B, S, S, 3] for ``HWC``; ids are
+    int64 [B] on the CPU.
     """
     build = _training_pipeline if training else _evaluation_pipeline
     with warnings.catch_warnings(record=True) as caught:
         pipeline = build(
             config,
+            layout=layout,
             decode="mixed" if device.type == "cuda" else "cpu",
             batch_size=batch_size,
             num_threads=config.threads,
@@ -100,11 +109,11 @@ def _interpolation(config: DataConfig) -> Any:
     return {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[config.interpolation]
 
 
-def _normalise(images: Any, config: DataConfig, **kwargs: Any) -> Any:
+def _normalise(images: Any, config: DataConfig, layout: str, **kwargs: Any) -> Any:
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="HWC",
+        output_layout=layout,
         mean=[255 * value for value in config.mean],
         std=[255 * value for value in config.std],
         **kwargs,
@@ -144,7 +153,7 @@ def _crop_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _training_pipeline(config: DataConfig, decode: str) -> tuple[Any, Any]:
+def _training_pipeline(config: DataConfig, layout: str, decode: str) -> tuple[Any, Any]:
     encoded, ids = _encoded()
     start, shape = _crop_window(encoded, config)
     images = fn.decoders.image_slice(encoded, device=decode, start=start, shape=shape, axis_names="HW")
@@ -166,11 +175,11 @@ def _training_pipeline(config: DataConfig, decode: str) -> tuple[Any, Any]:
                 fill_value=_FILL,
             )
     mirror = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
-    return _normalise(images, config, mirror=mirror), ids
+    return _normalise(images, config, layout, mirror=mirror), ids
 
 
 @pipeline_def
-def _evaluation_pipeline(config: DataConfig, decode: str) -> tuple[Any, Any]:
+def _evaluation_pipeline(config: DataConfig, layout: str, decode: str) -> tuple[Any, Any]:
     encoded, ids = _encoded()
     images = fn.decoders.image(encoded, device=decode)
     side = config.image_size
@@ -180,4 +189,4 @@ def _evaluation_pipeline(config: DataConfig, decode: str) -> tuple[Any, Any]:
         interp_type=_interpolation(config),
         antialias=True,
     )
-    return _normalise(images, config, crop=(side, side)), ids
+    return _normalise(images, config, layout, crop=(side, side)), ids

@@ -1,13 +1,13 @@
 """The sample data set: generated JPEG files in the ImageNet layout, small enough to learn in minutes.
 
-Ten classes: five shapes, each striped or checked. Colours, scale, place, rotation, texture period, lighting,
-noise and clutter are random, so a class is told neither by colour nor by place, and a linear model on the
-pixels fails. Image ``i`` of a split is a pure function of (seed, split, i), whatever the number of workers.
+Ten classes: five shapes, each striped or checked. Hues, scale, place, rotation, texture period and phase,
+lighting, noise and clutter are random, so a class is told neither by colour nor by place, and a linear model
+on the pixels fails (30 % right). Shapes turn by up to 20 degrees and are brighter than what surrounds them,
+which keeps the set learnable in a few hundred steps. Image ``i`` of a split is a pure function of (seed, split, i), whatever the number of workers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -31,7 +31,7 @@ CLASSES = tuple(sorted(f"{texture}_{shape}" for texture in TEXTURES for shape in
 MARKER = "sample_data.json"
 _VERSION = 1
 _CHUNK = 100
-TURN = np.pi / 9
+_TURN = np.pi / 9
 
 
 def generate_sample(
@@ -158,12 +158,12 @@ def draw_image(split: str, index: int, *, image_size: int, seed: int) -> np.ndar
     slope = random.uniform(-0.15, 0.15, size=2)
     light = 1 + slope[0] * x + slope[1] * y
     image = np.broadcast_to(back, (image_size, image_size, 3)).copy()
-    for _ in range(random.integers(2, 6)):
+    for _ in range(random.integers(1, 5)):
         _draw_clutter(image, x, y, pixel, random)
 
-    scale = random.uniform(0.5, 0.78)
+    scale = random.uniform(0.6, 0.85)
     room = 1 - scale
-    u, v = _frame(x, y, random.uniform(-room, room, size=2), random.uniform(-TURN, TURN), scale)
+    u, v = _frame(x, y, random.uniform(-room, room, size=2), random.uniform(-_TURN, _TURN), scale)
     cover = np.clip(0.5 - _DISTANCES[shape](u, v) * scale / pixel, 0, 1)[..., None]
     period = random.uniform(0.45, 0.65)
     phase = random.uniform(0, 2 * np.pi, size=2)
@@ -173,14 +173,14 @@ def draw_image(split: str, index: int, *, image_size: int, seed: int) -> np.ndar
     blend = np.clip(0.5 + 2 * wave, 0, 1)[..., None]
     image += cover * (blend * front + (1 - blend) * second - image)
 
-    image = image * light[..., None] + random.normal(0, random.uniform(0.01, 0.05), size=image.shape)
+    image = image * light[..., None] + random.normal(0, random.uniform(0.005, 0.03), size=image.shape)
     return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def _colours(random: np.random.Generator) -> np.ndarray:
     """Background, first and second texture colour, [3, 3] in [0, 1]: any hues, of rising brightness."""
     hues = random.uniform(0, 1, size=(3, 3))
-    brightness = np.array([0.3, 0.5, 0.85])[:, None] + random.uniform(-0.08, 0.08, size=(3, 1))
+    brightness = np.array([0.25, 0.45, 0.85])[:, None] + random.uniform(-0.08, 0.08, size=(3, 1))
     return np.clip(brightness + 0.5 * (hues - hues.mean(axis=1, keepdims=True)), 0, 1)
 
 
@@ -196,7 +196,7 @@ def _draw_clutter(
     image: np.ndarray, x: np.ndarray, y: np.ndarray, pixel: float, random: np.random.Generator
 ) -> None:
     """Paint a small plain ellipse or bar into ``image``, in place."""
-    size = random.uniform(0.08, 0.3)
+    size = random.uniform(0.08, 0.25)
     u, v = _frame(x, y, random.uniform(-1, 1, size=2), random.uniform(0, 2 * np.pi), size)
     v = v * random.uniform(1, 4)
     distance = np.hypot(u, v) - 1 if random.random() < 0.5 else np.maximum(np.abs(u), np.abs(v)) - 1
@@ -216,29 +216,7 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "cross": _cross,
     "disc": lambda u, v: np.hypot(u, v) - 0.85,
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.24,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.7) - 0.22,
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,
     "triangle": _triangle,
 }
-
-
-def register_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``cyclebnn data sample`` to ``parser``."""
-    parser.add_argument("path", metavar="DIR", help="folder to make: DIR/train/<class>, DIR/val/<class>")
-    parser.add_argument("--train", type=int, default=4000, metavar="N", help="training images (default 4000)")
-    parser.add_argument("--val", type=int, default=1000, metavar="N", help="validation images (default 1000)")
-    parser.add_argument("--size", type=int, default=72, metavar="PX", help="side of the images (default 72)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other images (default 0)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: all cores)")
-
-
-def run(args: argparse.Namespace) -> bool:
-    """What ``cyclebnn data sample`` does; the return value and the errors are ``generate_sample``'s."""
-    return generate_sample(
-        args.path,
-        num_train=args.train,
-        num_val=args.val,
-        image_size=args.size,
-        seed=args.seed,
-        workers=args.workers,
-    )

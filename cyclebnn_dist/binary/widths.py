@@ -1,0 +1,53 @@
+"""Widths of a model: the bits its binary layers use at this step, held as tensors on the layers."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from cyclebnn_dist.binary.quantizers import OFF_BITS, Binarizer
+
+
+def binarizers(model: nn.Module) -> Iterator[tuple[str, Binarizer]]:
+    """Every binarizer with its qualified name, in the model's own order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Binarizer):
+            yield name, module
+
+
+def set_widths(
+    model: nn.Module, *, forward_bits: int, backward_bits: int, step: int = 0, seed: int = 0
+) -> None:
+    """Give all binary layers the widths of this step, and the noise of their stochastic rounding.
+
+    Called once a step, before the forward pass. The widths go into tensors, so a compiled model is not compiled again
+    when they change; only turning a width off and on (32) is another graph. The noise of a layer is a pure function
+    of (seed, step, position of the layer in the model, place in the tensor).
+
+    Args:
+        forward_bits: 2 to 16 for weights and activations before their sign is taken, or 32 for not quantized.
+        backward_bits: 2 to 16 for the output gradient of binary layers, or 32 for not quantized.
+        step: global step.
+        seed: seed of the noise; ranks that shall round independently pass different ones.
+    """
+    for bits in (forward_bits, backward_bits):
+        assert bits == OFF_BITS or 2 <= bits <= 16, bits
+    by_device: dict[torch.device, list[tuple[torch.Tensor, list[int]]]] = {}
+    for index, (_, binarizer) in enumerate(binarizers(model)):
+        binarizer.quantize_forward = forward_bits < OFF_BITS
+        binarizer.quantize_backward = backward_bits < OFF_BITS
+        row = [forward_bits, backward_bits, *_noise_key(seed, step, index)]
+        by_device.setdefault(binarizer.widths.device, []).append((binarizer.widths, row))
+    for device, rows in by_device.items():
+        values = torch.tensor([row for _, row in rows], dtype=torch.int32).to(device, non_blocking=True)
+        torch._foreach_copy_([buffer for buffer, _ in rows], list(values.unbind(0)))
+
+
+def _noise_key(seed: int, step: int, index: int) -> tuple[int, int]:
+    """Two 32-bit integers, the first odd."""
+    first, second = struct.unpack("<ii", hashlib.blake2b(struct.pack("<3q", seed, step, index), digest_size=8).digest())
+    return first | 1, second

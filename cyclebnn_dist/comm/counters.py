@@ -1,0 +1,51 @@
+"""The counters: bytes handed to the network and seconds spent on the gradient all-reduce, over the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Literal
+
+
+@dataclass
+class Counters:
+    """Totals of one rank.
+
+    Attributes:
+        sent_bytes: payload of collectives that left this rank for others, headers and padding included.
+        fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2.
+        encode_seconds, wire_seconds, decode_seconds: of the communication thread (on a GPU: of the host, which only
+            enqueues).
+        wait_seconds: from handing over the last bucket of a backward pass to its end: what was not hidden by it.
+    """
+
+    sent_bytes: int = 0
+    fp32_bytes: float = 0.0
+    bf16_bytes: float = 0.0
+    encode_seconds: float = 0.0
+    wire_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int) -> None:
+        """Count the exchange of ``numel`` elements."""
+        self.sent_bytes += sent_bytes
+        self.fp32_bytes += 2 * (world_size - 1) / world_size * numel * 4
+        self.bf16_bytes += 2 * (world_size - 1) / world_size * numel * 2
+
+    @contextmanager
+    def timing(self, kind: Literal["encode", "wire", "decode"]) -> Iterator[None]:
+        """Add the seconds spent inside."""
+        begun = perf_counter()
+        yield
+        name = f"{kind}_seconds"
+        setattr(self, name, getattr(self, name) + perf_counter() - begun)
+
+    def state_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in asdict(self):
+            setattr(self, name, state[name])

@@ -1,0 +1,99 @@
+"""The layout: how each parameter travels and which rank owns which part of it.
+
+Everything is a pure function of a parameter's place in the model, its shape and the number of ranks. Buckets play
+no part, so results, residuals and resumption do not depend on how DDP cuts the gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """One parameter. ``small`` ones travel as plain casts, the others in blocks that share a scale.
+
+    The last block may be incomplete. Codecs pad it with zeros: a rotation spreads its energy over the whole block,
+    so that its relative error is that of any other block, and there is at most one such block a parameter.
+    """
+
+    index: int
+    name: str
+    numel: int
+    small: bool
+    block_size: int
+    world_size: int
+
+    @property
+    def num_units(self) -> int:
+        """What is dealt out to ranks: elements of a small parameter, blocks of another."""
+        return self.numel if self.small else -(-self.numel // self.block_size)
+
+    def owned_units(self, rank: int) -> range:
+        """The contiguous units that ``rank`` sums and sends to everyone.
+
+        Shares differ by at most one unit. The first and larger ones go to the ranks from ``index`` on, so that over
+        many parameters all ranks get equally much.
+        """
+        place = (rank - self.index) % self.world_size
+        share, extra = divmod(self.num_units, self.world_size)
+        start = place * share + min(place, extra)
+        return range(start, start + share + (place < extra))
+
+    def owned_elements(self, rank: int) -> range:
+        """The contiguous elements, in memory order, that ``rank`` owns."""
+        units = self.owned_units(rank)
+        size = 1 if self.small else self.block_size
+        return range(min(units.start * size, self.numel), min(units.stop * size, self.numel))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All parameters of a model, in model order."""
+
+    parameters: tuple[ParameterLayout, ...]
+    world_size: int
+    block_size: int
+    small_bits: Literal[16, 32]
+
+    def small_width(self, bits: int) -> int:
+        """Width of small parameters in a step of ``bits``: never below a step of 16 or 32 bits."""
+        return max(self.small_bits, bits) if bits > 8 else self.small_bits
+
+    @property
+    def digest(self) -> int:
+        """63-bit number, equal on ranks whose messages have the same meaning."""
+        facts = [(p.name, p.numel, p.small) for p in self.parameters]
+        text = repr((facts, self.world_size, self.block_size, self.small_bits))
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def build_layout(
+    named_parameters: Iterable[tuple[str, torch.Tensor]],
+    *,
+    world_size: int,
+    block_size: int,
+    small_bits: Literal[16, 32],
+    small_numel: int,
+) -> Layout:
+    """The layout of parameters given as ``(name, tensor)`` in model order.
+
+    Parameters with at most one dimension or fewer than ``small_numel`` elements are small.
+    """
+    parameters = tuple(
+        ParameterLayout(
+            index=index,
+            name=name,
+            numel=tensor.numel(),
+            small=tensor.dim() <= 1 or tensor.numel() < small_numel,
+            block_size=block_size,
+            world_size=world_size,
+        )
+        for index, (name, tensor) in enumerate(named_parameters)
+    )
+    return Layout(parameters=parameters, world_size=world_size, block_size=block_size, small_bits=small_bits)

@@ -1,0 +1,389 @@
+"""The CPU kernels of the codec: numba, one thread each, without the interpreter lock.
+
+They compute bit for bit what ``torch_kernels`` computes: every sum has a fixed order, nothing is contracted.
+Compiled code is kept in numba's cache beside this file, or in the user's cache folder where this one is read-only;
+where neither can be written, every process compiles for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+F0, F1, HALF = np.float32(0), np.float32(1), np.float32(0.5)
+CELLS_PER_UNIT, CELL_OFFSET, LAST_CELL = np.float32(128), np.float32(512), np.float32(1023)
+MAGNITUDE, INFINITY_BITS = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+BFLOAT16_NAN = 0x7FC0
+NEAREST, STOCHASTIC, UPWARD = 0, 1, 2
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``numba.njit`` without the interpreter lock, IEEE arithmetic, cached on disk where that is possible."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError as error:
+        log.info("compiled kernels are not kept on disk: %s", error)
+        return numba.njit(**options)(function)
+
+
+@compiled
+def mix(word):
+    word &= 0xFFFFFFFF
+    word ^= word >> 16
+    word = (word * 0x7FEB352D) & 0xFFFFFFFF
+    word ^= word >> 15
+    word = (word * 0x846CA68B) & 0xFFFFFFFF
+    return word ^ (word >> 16)
+
+
+@compiled
+def block_word(low, high, parameter, block):
+    return mix(mix(parameter ^ low) ^ mix(block + high))
+
+
+@compiled
+def apply_signs(x_bits, word):
+    """Flip the sign bits of ``x_bits`` (int32 view of fp32) at random."""
+    for first in range(0, len(x_bits), 32):
+        flips = np.int32(mix(word + (first >> 5) * 0x9E3779B9))
+        for i in range(min(32, len(x_bits) - first)):
+            x_bits[first + i] ^= ((flips >> np.int32(i)) & np.int32(1)) << np.int32(31)
+
+
+@compiled
+def hadamard(x):
+    """Multiply ``x`` by the Hadamard matrix in place; strides halve from ``len(x) / 2`` to 1, two stages a pass."""
+    size = len(x)
+    stride = size // 2
+    stages = 0
+    while (1 << stages) < size:
+        stages += 1
+    if stages % 2:
+        for i in range(stride):
+            a, b = x[i], x[i + stride]
+            x[i], x[i + stride] = a + b, a - b
+        stride //= 2
+    stride //= 2
+    while stride > 4:
+        for start in range(0, size, 4 * stride):
+            for i in range(start, start + stride):
+                a, b, c, d = x[i], x[i + stride], x[i + 2 * stride], x[i + 3 * stride]
+                e, f, g, h = a + c, b + d, a - c, b - d
+                x[i], x[i + stride], x[i + 2 * stride], x[i + 3 * stride] = e + f, e - f, g + h, g - h
+        stride //= 4
+    for start in range(0, size, 16):
+        for i in range(start, start + 4):
+            a, b, c, d = x[i], x[i + 4], x[i + 8], x[i + 12]
+            e, f, g, h = a + c, b + d, a - c, b - d
+            x[i], x[i + 4], x[i + 8], x[i + 12] = e + f, e - f, g + h, g - h
+    for i in range(0, size, 4):
+        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+        e, f, g, h = a + c, b + d, a - c, b - d
+        x[i], x[i + 1], x[i + 2], x[i + 3] = e + f, e - f, g + h, g - h
+
+
+@compiled
+def tree_sum(x):
+    """Sum of ``x`` by halves: ``x[i] + x[i + len / 2]`` first. Destroys ``x``; its length is a power of two."""
+    half = len(x) // 2
+    while half > 0:
+        for i in range(half):
+            x[i] += x[i + half]
+        half //= 2
+    return x[0]
+
+
+@compiled
+def round_scale(scale_bits, rounding, word, phase):
+    """The upper 16 bits of a positive fp32, rounded to nearest even, at random without bias, or upwards."""
+    bits = np.int64(scale_bits)
+    if rounding == UPWARD:
+        return (bits + 0xFFFF) >> 16
+    if rounding == STOCHASTIC:
+        return (bits + (mix(word + (0x10000 + phase) * 0x9E3779B9) & 0xFFFF)) >> 16
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+
+
+@compiled
+def pack(codes, bits, out):
+    size = len(codes)
+    if bits == 8:
+        for i in range(size):
+            out[i] = codes[i]
+        return
+    start, shift = 0, np.uint8(0)
+    if bits & 4:
+        length = size // 2
+        for i in range(length):
+            out[i] = ((codes[i] >> shift) & np.uint8(15)) | ((codes[i + length] >> shift) << np.uint8(4))
+        start, shift = length, np.uint8(4)
+    if bits & 2:
+        length = size // 4
+        part = out[start : start + length]
+        for i in range(length):
+            low = ((codes[i] >> shift) & np.uint8(3)) | (
+                ((codes[i + length] >> shift) & np.uint8(3)) << np.uint8(2)
+            )
+            high = ((codes[i + 2 * length] >> shift) & np.uint8(3)) | (
+                ((codes[i + 3 * length] >> shift) & np.uint8(3)) << np.uint8(2)
+            )
+            part[i] = low | (high << np.uint8(4))
+        start, shift = start + length, shift + np.uint8(2)
+    if bits & 1:
+        length = size // 8
+        part = out[start : start + length]
+        for i in range(length):
+            part[i] = (codes[i] >> shift) & np.uint8(1)
+        for position in range(1, 8):
+            for i in range(length):
+                part[i] |= ((codes[i + position * length] >> shift) & np.uint8(1)) << np.uint8(position)
+
+
+@compiled
+def unpack(packed, bits, codes):
+    size = len(codes)
+    if bits == 8:
+        for i in range(size):
+            codes[i] = packed[i]
+        return
+    for i in range(size):
+        codes[i] = np.uint8(0)
+    start, shift = 0, np.uint8(0)
+    if bits & 4:
+        length = size // 2
+        for i in range(length):
+            codes[i] = packed[i] & np.uint8(15)
+        for i in range(length):
+            codes[i + length] = packed[i] >> np.uint8(4)
+        start, shift = length, np.uint8(4)
+    if bits & 2:
+        length = size // 4
+        part = packed[start : start + length]
+        for position in range(4):
+            for i in range(length):
+                value = (part[i] >> np.uint8(2 * position)) & np.uint8(3)
+                codes[i + position * length] |= value << shift
+        start, shift = start + length, shift + np.uint8(2)
+    if bits & 1:
+        length = size // 8
+        part = packed[start : start + length]
+        for position in range(8):
+            for i in range(length):
+                value = (part[i] >> np.uint8(position)) & np.uint8(1)
+                codes[i + position * length] |= value << shift
+
+
+@compiled
+def encode(
+    flat, out, source, count, parameter, block, scale_at, codes_at,
+    size, bits, low, high, phase, rotate, rounding, cells, levels,
+):  # fmt: skip
+    """Encode pieces of ``flat`` (fp32) into ``out`` (uint8). ``cells`` is empty for uniform levels."""
+    x = np.empty(size, np.float32)
+    x_bits = x.view(np.int32)
+    products = np.empty(size, np.float32)
+    squares = np.empty(size, np.float32)
+    codes = np.empty(size, np.uint8)
+    convert = np.empty(1, np.float32)
+    convert_bits = convert.view(np.int32)
+    lloyd_max = len(cells) > 0
+    last_code = np.float32(len(levels) - 1)
+    middle = np.float32(len(levels) // 2)
+    num_bytes = size * bits // 8
+    for n in range(len(source)):
+        begin, present = source[n], count[n]
+        for i in range(present):
+            x[i] = flat[begin + i]
+        for i in range(present, size):
+            x[i] = F0
+        largest = np.int32(0)
+        for i in range(size):
+            largest = max(largest, x_bits[i] & MAGNITUDE)
+        finite = largest < INFINITY_BITS
+        exponent = min(max(largest >> np.int32(23), np.int32(1)), np.int32(253))
+        convert_bits[0] = (np.int32(254) - exponent) << np.int32(23)
+        up = convert[0] if finite else F0
+        convert_bits[0] = exponent << np.int32(23)
+        down = convert[0]
+        if finite:
+            for i in range(size):
+                x[i] *= up
+        else:
+            for i in range(size):
+                x[i] = F0
+        word = block_word(low, high, parameter[n], block[n])
+        spread = F1
+        if rotate:
+            apply_signs(x_bits, word)
+            hadamard(x)
+            spread = np.float32(size)
+            down /= spread
+        if lloyd_max:
+            for i in range(size):
+                squares[i] = x[i] * x[i]
+            energy = tree_sum(squares)
+            inverse = F1 / np.sqrt(energy / np.float32(size)) if energy > F0 else F0
+            for i in range(size):
+                cell = (x[i] * inverse) * CELLS_PER_UNIT + CELL_OFFSET
+                codes[i] = cells[np.int32(min(max(cell, F0), LAST_CELL))]
+            for i in range(size):
+                products[i] = x[i] * levels[codes[i]]
+            matched = tree_sum(products)
+            if rounding == NEAREST:
+                for i in range(size):
+                    squares[i] = levels[codes[i]] * levels[codes[i]]
+                scale = matched / tree_sum(squares)
+            else:
+                scale = energy / matched if matched > F0 else F0
+            convert[0] = scale * down
+            scale_word = round_scale(convert_bits[0], rounding, word, phase)
+        else:
+            top = np.int32(0)
+            for i in range(size):
+                top = max(top, x_bits[i] & MAGNITUDE)
+            convert_bits[0] = top
+            convert[0] = (convert[0] / last_code) * down
+            scale_word = round_scale(convert_bits[0], UPWARD, word, phase)
+            convert_bits[0] = np.int32(scale_word << 16)
+            step = (convert[0] * up) * spread
+            inverse = HALF / step if step > F0 else F0
+            for i in range(size):
+                codes[i] = np.uint8(min(max(x[i] * inverse + middle, F0), last_code))
+        if not finite:
+            scale_word = np.int64(BFLOAT16_NAN)
+        at = scale_at[n]
+        out[at] = scale_word & 255
+        out[at + 1] = scale_word >> 8
+        at = codes_at[n]
+        pack(codes, bits, out[at : at + num_bytes])
+
+
+@compiled
+def read_scale(message, at, convert, convert_bits):
+    convert_bits[0] = (np.int32(message[at]) << np.int32(16)) | (np.int32(message[at + 1]) << np.int32(24))
+    return convert[0]
+
+
+@compiled
+def add(message, rows, scale_at, codes_at, bits, levels):
+    """Add decoded pieces of ``message`` to ``rows`` (fp32 ``[n, size]``), without rotating back."""
+    size = rows.shape[1]
+    codes = np.empty(size, np.uint8)
+    convert = np.empty(1, np.float32)
+    convert_bits = convert.view(np.int32)
+    num_bytes = size * bits // 8
+    for n in range(len(rows)):
+        scale = read_scale(message, scale_at[n], convert, convert_bits)
+        at = codes_at[n]
+        unpack(message[at : at + num_bytes], bits, codes)
+        row = rows[n]
+        for i in range(size):
+            row[i] += levels[codes[i]] * scale
+
+
+@compiled
+def decode(
+    message, flat, source, count, parameter, block, scale_at, codes_at, size, bits, low, high, rotate, levels,
+):  # fmt: skip
+    """Decode pieces of ``message`` into ``flat`` (fp32)."""
+    x = np.empty(size, np.float32)
+    x_bits = x.view(np.int32)
+    codes = np.empty(size, np.uint8)
+    convert = np.empty(1, np.float32)
+    convert_bits = convert.view(np.int32)
+    num_bytes = size * bits // 8
+    for n in range(len(source)):
+        scale = read_scale(message, scale_at[n], convert, convert_bits)
+        at = codes_at[n]
+        unpack(message[at : at + num_bytes], bits, codes)
+        for i in range(size):
+            x[i] = levels[codes[i]] * scale
+        if rotate:
+            hadamard(x)
+            apply_signs(x_bits, block_word(low, high, parameter[n], block[n]))
+        begin = source[n]
+        for i in range(count[n]):
+            flat[begin + i] = x[i]
+
+
+@compiled
+def rotate_rows(rows, count, parameter, block, low, high, inverse):
+    """Rotate fp32 rows ``[n, size]`` in place into the domain of the codes, or back; back, padding becomes zero."""
+    size = rows.shape[1]
+    bits = rows.view(np.int32)
+    spread = F1 / np.float32(size)
+    for n in range(len(rows)):
+        word = block_word(low, high, parameter[n], block[n])
+        if inverse:
+            hadamard(rows[n])
+            apply_signs(bits[n], word)
+            for i in range(count[n], size):
+                rows[n, i] = F0
+        else:
+            apply_signs(bits[n], word)
+            hadamard(rows[n])
+            for i in range(size):
+                rows[n, i] *= spread
+
+
+@compiled
+def encode_cast(flat, out, source, count, codes_at, bits):
+    """Cast pieces of ``flat`` (fp32) to fp32 or bf16 bytes in ``out`` (uint8)."""
+    words = flat.view(np.uint32)
+    for n in range(len(source)):
+        begin, at = source[n], codes_at[n]
+        for i in range(count[n]):
+            word = np.int64(words[begin + i])
+            if bits == 32:
+                for byte in range(4):
+                    out[at + 4 * i + byte] = (word >> (8 * byte)) & 255
+            else:
+                if (word & 0x7FFFFFFF) > 0x7F800000:
+                    word = np.int64(BFLOAT16_NAN)
+                else:
+                    word = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+                out[at + 2 * i] = word & 255
+                out[at + 2 * i + 1] = word >> 8
+
+
+@compiled
+def read_cast(message, at, bits, convert, convert_bits):
+    if bits == 32:
+        word = np.int64(0)
+        for byte in range(4):
+            word |= np.int64(message[at + byte]) << (8 * byte)
+    else:
+        word = (np.int64(message[at]) << 16) | (np.int64(message[at + 1]) << 24)
+    convert_bits[0] = np.uint32(word)
+    return convert[0]
+
+
+@compiled
+def add_cast(message, rows, count, codes_at, bits):
+    """Add cast pieces of ``message`` to ``rows`` (fp32 ``[n, size]``)."""
+    convert = np.empty(1, np.float32)
+    convert_bits = convert.view(np.uint32)
+    width = bits // 8
+    for n in range(len(rows)):
+        at = codes_at[n]
+        for i in range(count[n]):
+            rows[n, i] += read_cast(message, at + width * i, bits, convert, convert_bits)
+
+
+@compiled
+def decode_cast(message, flat, source, count, codes_at, bits):
+    """Write cast pieces of ``message`` into ``flat`` (fp32)."""
+    convert = np.empty(1, np.float32)
+    convert_bits = convert.view(np.uint32)
+    width = bits // 8
+    for n in range(len(source)):
+        begin, at = source[n], codes_at[n]
+        for i in range(count[n]):
+            flat[begin + i] = read_cast(message, at + width * i, bits, convert, convert_bits)

@@ -1,0 +1,153 @@
+"""The plan: where every byte of an exchange lies, for one bucket of parameters at one width.
+
+A message of a rank to an owner is
+
+    header (32 bytes) | small elements | scales | codes or cast elements | up to 7 bytes of padding
+
+with the owner's share of every parameter, in the order of the bucket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from cyclebnn_dist.comm.header import HEADER_BYTES
+from cyclebnn_dist.comm.layout import Layout, ParameterLayout
+from cyclebnn_dist.comm.pieces import CAST_BYTES, SCALE_BYTES, Pieces, piece_bytes
+
+
+@dataclass(frozen=True)
+class Share:
+    """The pieces of some messages: ``small`` ones at ``small_bits``, ``wide`` ones at ``bits``."""
+
+    small: Pieces
+    wide: Pieces
+
+
+@dataclass(frozen=True)
+class OwnedRows:
+    """The rows of a rank's own wide pieces that belong to ``parameter``, and how many elements they hold."""
+
+    parameter: ParameterLayout
+    rows: slice
+    numel: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one bucket travels.
+
+    Attributes:
+        parameters: its parameters, in the order of their gradients in the flat bucket.
+        bits, small_bits: widths of wide and small pieces.
+        sizes: bytes of the message for each owner; ``padded_size`` is the largest.
+        outgoing: pieces of all messages, one message after the other (what a rank sends in the first phase).
+        own: pieces of a message for this rank (what it receives from everyone, and answers with).
+        gathered: pieces of all messages, ``padded_size`` apart (what everyone receives in the second phase).
+        owned: this rank's rows, parameter by parameter.
+        digest: 63-bit number that stands for ``parameters``.
+    """
+
+    parameters: tuple[ParameterLayout, ...]
+    numel: int
+    bits: int
+    small_bits: int
+    sizes: tuple[int, ...]
+    outgoing: Share
+    own: Share
+    gathered: Share
+    owned: tuple[OwnedRows, ...]
+    digest: int
+
+    @property
+    def padded_size(self) -> int:
+        return max(self.sizes)
+
+
+def build_plan(layout: Layout, indices: Sequence[int], *, bits: int, rank: int, device: torch.device) -> Plan:
+    """The plan of the parameters with these indices, concatenated in this order, on ``device``."""
+    parameters = tuple(layout.parameters[index] for index in indices)
+    starts = (0, *accumulate(p.numel for p in parameters))
+    owners = range(layout.world_size)
+    shares = [_share(parameters, starts, owner, layout, bits=bits) for owner in owners]
+    sizes = tuple(size for _, size in shares)
+    padded = max(sizes)
+
+    def placed(bases: Sequence[int]) -> Share:
+        return Share(
+            _concatenate([share.small for share, _ in shares], bases).to(device),
+            _concatenate([share.wide for share, _ in shares], bases).to(device),
+        )
+
+    own = shares[rank][0]
+    return Plan(
+        parameters=parameters,
+        numel=starts[-1],
+        bits=bits,
+        small_bits=layout.small_width(bits),
+        sizes=sizes,
+        outgoing=placed((0, *accumulate(sizes))[:-1]),
+        own=Share(own.small.to(device), own.wide.to(device)),
+        gathered=placed([owner * padded for owner in owners]),
+        owned=_owned_rows(parameters, rank),
+        digest=int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1,
+    )
+
+
+def _share(
+    parameters: Sequence[ParameterLayout], starts: Sequence[int], owner: int, layout: Layout, *, bits: int
+) -> tuple[Share, int]:
+    """An owner's pieces, with offsets from the beginning of its message, and the message's size in bytes."""
+    size = layout.block_size
+    tables: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for parameter, start in zip(parameters, starts, strict=False):
+        elements = parameter.owned_elements(owner)
+        begin = torch.arange(elements.start, elements.stop, size)
+        count = (elements.stop - begin).clamp(max=size)
+        block = begin // size
+        tables[parameter.small].append(
+            torch.stack([begin + start, count, torch.full_like(begin, parameter.index), block])
+        )
+    small = torch.cat([torch.empty(4, 0, dtype=torch.int64), *tables[True]], dim=1)
+    wide = torch.cat([torch.empty(4, 0, dtype=torch.int64), *tables[False]], dim=1)
+
+    small_bytes = piece_bytes(small[1], bits=layout.small_width(bits), block_size=size)
+    small_at = HEADER_BYTES + small_bytes.cumsum(0) - small_bytes
+    scales_at = HEADER_BYTES + int(small_bytes.sum())
+    scale_bytes = 0 if bits in CAST_BYTES else SCALE_BYTES
+    scale_at = scales_at + scale_bytes * torch.arange(wide.shape[1])
+    wide_bytes = piece_bytes(wide[1], bits=bits, block_size=size)
+    codes_at = scales_at + scale_bytes * wide.shape[1] + wide_bytes.cumsum(0) - wide_bytes
+    end = scales_at + scale_bytes * wide.shape[1] + int(wide_bytes.sum())
+    share = Share(
+        Pieces(small[0], small[1], small[2], small[3], small_at, small_at),
+        Pieces(wide[0], wide[1], wide[2], wide[3], scale_at, codes_at),
+    )
+    return share, -(-end // 8) * 8
+
+
+def _concatenate(tables: Sequence[Pieces], bases: Sequence[int]) -> Pieces:
+    return Pieces(
+        source=torch.cat([table.source for table in tables]),
+        count=torch.cat([table.count for table in tables]),
+        parameter=torch.cat([table.parameter for table in tables]),
+        block=torch.cat([table.block for table in tables]),
+        scale_at=torch.cat([table.scale_at + base for table, base in zip(tables, bases, strict=True)]),
+        codes_at=torch.cat([table.codes_at + base for table, base in zip(tables, bases, strict=True)]),
+    )
+
+
+def _owned_rows(parameters: Sequence[ParameterLayout], rank: int) -> tuple[OwnedRows, ...]:
+    owned, first = [], 0
+    for parameter in parameters:
+        if not parameter.small:
+            num_rows = len(parameter.owned_units(rank))
+            rows = slice(first, first + num_rows)
+            owned.append(OwnedRows(parameter, rows, len(parameter.owned_elements(rank))))
+            first += num_rows
+    return tuple(owned)

@@ -1,0 +1,263 @@
+"""The reducer: the one all-reduce of gradients, at any width of 1 to 8, 16 or 32 bits.
+
+Every parameter is cut into shares, one an owner. In the first phase each rank encodes all its shares and sends each to
+its owner, which adds them up in rank order in fp32 and divides by the number of ranks. In the second phase the owner
+encodes the mean once more and sends it to everyone. All ranks, the owner too, decode the same bytes, so the result is
+the same everywhere to the last bit. All widths take this path: the value of an element depends on the seed, the step,
+its parameter, its block and what the ranks held, never on the bucket it travelled in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cyclebnn_dist.comm.codec import FORMAT_VERSION, WIDTHS, Codec
+from cyclebnn_dist.comm.counters import Counters
+from cyclebnn_dist.comm.executor import build_executor
+from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
+from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.plan import Plan, Share, build_plan
+from cyclebnn_dist.comm.randomness import step_words
+from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
+from cyclebnn_dist.comm.scratch import Scratch
+from cyclebnn_dist.comm.transport import to_everyone, to_owners
+
+log = logging.getLogger(__name__)
+
+
+class Reducer:
+    """Averages gradients over the ranks of ``group``.
+
+    Args:
+        layout: how each parameter travels.
+        codec: of all parameters that are not small.
+        group: a process group that nothing else uses; None in a world of one.
+        rank: of this process in ``group``.
+        seed: of the codec's randomness; the same on all ranks.
+        device: of the gradients.
+        error_feedback: add what quantization lost to the gradient of the next step.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        codec: Codec,
+        *,
+        group: dist.ProcessGroup | None,
+        rank: int,
+        seed: int,
+        device: torch.device,
+        error_feedback: bool = False,
+    ) -> None:
+        self.layout = layout
+        self.codec = codec
+        self.counters = Counters()
+        self._group = group
+        self._rank = rank
+        self._seed = seed
+        self._device = device
+        self._executor = build_executor(device, world_size=layout.world_size)
+        self._feedback: Feedback = NoFeedback()
+        if error_feedback and layout.world_size > 1:
+            self._feedback = ErrorFeedback(codec, layout, rank=rank, device=device)
+        self._index = {parameter.name: parameter.index for parameter in layout.parameters}
+        self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
+        self._scratch = Scratch(device)
+        self._unverified: list[tuple[Header, torch.Tensor]] = []
+        self._step, self._bits, self._loss_scale = -1, 32, 1.0
+        self._last_submit = 0.0
+
+    @property
+    def layout_digest(self) -> int:
+        """63-bit number for the agreement check: parameters, shares, ranks."""
+        return self.layout.digest
+
+    @property
+    def codec_digest(self) -> int:
+        """63-bit number for the agreement check: codec, block size, format version."""
+        return self.codec.digest
+
+    def begin_step(self, step: int, bits: int, *, loss_scale: float = 1.0) -> None:
+        """Say at which global step and width the gradients that follow are reduced.
+
+        Args:
+            bits: 1 to 8, 16 (bf16) or 32 (fp32).
+            loss_scale: factor the gradients carry, which residuals do not.
+
+        Raises:
+            ValueError: for a width that does not exist.
+            RuntimeError: what the previous step's exchange failed with.
+        """
+        if bits not in WIDTHS:
+            raise ValueError(f"a gradient all-reduce of {bits} bits does not exist; widths are {WIDTHS}")
+        self.check()
+        self._feedback.finish_step()
+        self._step, self._bits, self._loss_scale = step, bits, loss_scale
+
+    def reduce(
+        self, tensors: Mapping[str, torch.Tensor], *, step: int, bits: int
+    ) -> torch.futures.Future[Mapping[str, torch.Tensor]]:
+        """Collective: every rank calls this, with the same names in the same order. Average tensors in place.
+
+        Args:
+            tensors: gradients (fp32, bf16 or fp16) by parameter name.
+
+        Returns:
+            a future of ``tensors``.
+        """
+        if (step, bits) != (self._step, self._bits):
+            self.begin_step(step, bits)
+        indices = tuple(self._index[name] for name in tensors)
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
+
+        def write_back(future: torch.futures.Future[torch.Tensor]) -> Mapping[str, torch.Tensor]:
+            parts = future.value().split([tensor.numel() for tensor in tensors.values()])
+            for tensor, part in zip(tensors.values(), parts, strict=True):
+                tensor.detach().copy_(part.view(tensor.shape))
+            return tensors
+
+        return self.reduce_flat(flat, parameters=indices).then(write_back)
+
+    def reduce_flat(
+        self, flat: torch.Tensor, *, parameters: Sequence[int]
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Collective: every rank calls this, in the same order. Average a flat gradient in place, at this step's width.
+
+        Args:
+            flat: contiguous 1-D fp32, bf16 or fp16: the gradients of ``parameters``, one after the other.
+            parameters: indices in model order.
+
+        Returns:
+            a future of ``flat``. On a CPU the exchange runs in a thread of its own and several may be under way.
+        """
+        step, bits, loss_scale = self._step, self._bits, self._loss_scale
+        indices = tuple(parameters)
+        assert flat.is_contiguous()
+        assert flat.numel() == sum(self.layout.parameters[index].numel for index in indices)
+
+        def work() -> torch.Tensor:
+            try:
+                return self._exchange(flat, indices, step=step, bits=bits, loss_scale=loss_scale)
+            except MismatchError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"rank {self._rank} of {self.layout.world_size}: averaging gradients at step {step} ({bits} bits) "
+                    f"failed: {error}. If a peer has ended, its own log says why."
+                ) from error
+
+        self._last_submit = perf_counter()
+        return self._executor.submit(work, flat)
+
+    def check(self) -> None:
+        """Raise what an exchange failed with. On a GPU this is where messages are verified, and waits for them.
+
+        Raises:
+            MismatchError: naming the peers whose messages were not the expected ones, and what differs.
+            RuntimeError: naming this rank and the step, if an exchange failed otherwise.
+        """
+        if self._executor.error is not None:
+            raise self._executor.error
+        unverified, self._unverified = self._unverified, []
+        for expected, headers in unverified:
+            self._verify(expected, headers)
+
+    @contextmanager
+    def reraising(self) -> Iterator[None]:
+        """Around a backward pass: what DDP raises in place of an exchange's error becomes that error again."""
+        handed_over = self._last_submit
+        try:
+            yield
+        except Exception as error:
+            if self._executor.error is not None and error is not self._executor.error:
+                raise self._executor.error from error
+            raise
+        if self._last_submit != handed_over:
+            self.counters.wait_seconds += perf_counter() - self._last_submit
+        self.check()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and residuals of this rank. No exchange may be under way."""
+        return {"counters": self.counters.state_dict(), "residuals": self._feedback.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what ``state_dict`` gave on the same rank of as many ranks."""
+        self.counters.load_state_dict(state["counters"])
+        self._feedback.load_state_dict(state["residuals"])
+
+    def close(self) -> None:
+        """Wait for exchanges under way, then end the communication thread and leave the group."""
+        self._executor.close()
+        if self._group is not None and self._executor.error is None:
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def _exchange(
+        self, flat: torch.Tensor, indices: tuple[int, ...], *, step: int, bits: int, loss_scale: float
+    ) -> torch.Tensor:
+        """Collective: every rank calls this. Both phases, for one bucket."""
+        group = self._group
+        assert group is not None
+        plan = self._plan(indices, bits)
+        world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
+        words = step_words(self._seed, step)
+        feedback, timing, scratch = self._feedback, self.counters.timing, self._scratch
+
+        with timing("encode"):
+            gradient = flat
+            if flat.dtype != torch.float32:
+                gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
+            feedback.add_to_gradients(gradient, plan, loss_scale=loss_scale)
+            outgoing = scratch.get("outgoing", sum(plan.sizes), torch.uint8)
+            self._encode(gradient, plan.outgoing, plan, outgoing, words=words, phase=1)
+            header = self._header(plan, step=step, phase=1)
+            for message in outgoing.split(list(plan.sizes)):
+                message[:HEADER_BYTES] = header
+            feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
+
+        with timing("wire"):
+            incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
+            sent = to_owners(outgoing, incoming, sizes=plan.sizes, rank=self._rank, group=group)
+        messages = incoming.view(world_size, own_size)
+        self._receive(plan, messages[:, :HEADER_BYTES], step=step, phase=1)
+
+        with timing("decode"):
+            small = self._sum(messages, plan, plan.own.small, bits=plan.small_bits, name="small")
+            wide = self._sum(messages, plan, plan.own.wide, bits=plan.bits, name="wide")
+
+        with timing("encode"):
+            feedback.add_to_mean(wide, plan, words=words, loss_scale=loss_scale)
+            answer = scratch.get("answer", plan.padded_size, torch.uint8)
+            answer[own_size:] = 0
+            rows = Share(
+                plan.own.small.as_rows(self.layout.block_size), plan.own.wide.as_rows(self.layout.block_size)
+            )
+            self.codec.encode_pieces(
+                small.view(-1), rows.small, answer, bits=plan.small_bits, words=words, phase=2, rotated=True
+            )
+            self.codec.encode_pieces(
+                wide.view(-1), rows.wide, answer, bits=plan.bits, words=words, phase=2, rotated=True
+            )
+            answer[:HEADER_BYTES] = self._header(plan, step=step, phase=2)
+            feedback.keep_mean_errors(wide, answer, plan, words=words, loss_scale=loss_scale)
+
+        with timing("wire"):
+            gathered = scratch.get("gathered", world_size * plan.padded_size, torch.uint8)
+            sent += to_everyone(answer, gathered, group=group)
+        self._receive(plan, gathered.view(world_size, -1)[:, :HEADER_BYTES], step=step, phase=2)
+
+        with timing("decode"):
+            for pieces, width in ((plan.gathered.small, plan.small_bits), (plan.gathered.wide, plan.bits)):
+                self.codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
+            if gradient is not flat:
+                flat.copy_(gradient)
+            feedback.see_result(flat)
+        self.counters.add_exchange(sent_bytes=sent, numel=plan.numel, world_size=world_size)
+        return flat

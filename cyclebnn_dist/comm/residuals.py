@@ -1,0 +1,177 @@
+"""The residuals: what quantization lost of a gradient, to be added to the next one (error feedback).
+
+Each rank keeps the error of the gradients it sent (a full tensor a parameter) and of the mean it sent as owner (its
+slice of a parameter). They are keyed by parameter and kept in units of the unscaled gradient, so they survive changes
+of width, loss scale and bucket. What an exchange leaves behind counts only once the step has turned out finite in
+every bucket: on a step that is skipped, the residuals stay as they were before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from cyclebnn_dist.comm.codec import Codec
+from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.plan import Plan
+
+State = dict[str, dict[str, torch.Tensor]]
+
+
+class Feedback(Protocol):
+    """What the reducer does about errors, around the encoding of either phase."""
+
+    def add_to_gradients(self, flat: torch.Tensor, plan: Plan, *, loss_scale: float) -> None: ...
+
+    def keep_gradient_errors(
+        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None: ...
+
+    def add_to_mean(
+        self, rows: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None: ...
+
+    def keep_mean_errors(
+        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None: ...
+
+    def see_result(self, flat: torch.Tensor) -> None: ...
+
+    def finish_step(self) -> None: ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None: ...
+
+
+class NoFeedback:
+    """Errors are forgotten; right for unbiased scales."""
+
+    def add_to_gradients(self, flat: torch.Tensor, plan: Plan, *, loss_scale: float) -> None:
+        pass
+
+    def keep_gradient_errors(
+        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        pass
+
+    def add_to_mean(
+        self, rows: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        pass
+
+    def keep_mean_errors(
+        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        pass
+
+    def see_result(self, flat: torch.Tensor) -> None:
+        pass
+
+    def finish_step(self) -> None:
+        pass
+
+    def state_dict(self) -> State:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        pass
+
+
+class ErrorFeedback:
+    """Errors of both phases come back in the next step. Small tensors, which are only cast, have none."""
+
+    def __init__(self, codec: Codec, layout: Layout, *, rank: int, device: torch.device) -> None:
+        wide = [p for p in layout.parameters if not p.small]
+        self._codec = codec
+        self._errors: State = {
+            "gradient": {p.name: torch.zeros(p.numel, device=device) for p in wide},
+            "mean": {p.name: torch.zeros(len(p.owned_elements(rank)), device=device) for p in wide},
+        }
+        self._pending: State = {"gradient": {}, "mean": {}}
+        self._finite: list[torch.Tensor] = []
+
+    def add_to_gradients(self, flat: torch.Tensor, plan: Plan, *, loss_scale: float) -> None:
+        """Add the residuals to the flat gradient (fp32), in place."""
+        start = 0
+        for parameter in plan.parameters:
+            if not parameter.small:
+                flat[start : start + parameter.numel].add_(
+                    self._errors["gradient"][parameter.name], alpha=loss_scale
+                )
+            start += parameter.numel
+
+    def keep_gradient_errors(
+        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        """Note what the outgoing messages lack of ``flat``."""
+        decoded = torch.zeros_like(flat)
+        self._codec.decode_pieces(message, plan.outgoing.wide, decoded, bits=plan.bits, words=words)
+        start = 0
+        for parameter in plan.parameters:
+            if not parameter.small:
+                part = slice(start, start + parameter.numel)
+                self._note("gradient", parameter.name, (flat[part] - decoded[part]) / loss_scale)
+            start += parameter.numel
+
+    def add_to_mean(
+        self, rows: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        """Add the residuals to this rank's rows of the mean, which are in the domain of the codes, in place."""
+        errors = torch.zeros_like(rows)
+        for owned in plan.owned:
+            errors[owned.rows].view(-1)[: owned.numel] = self._errors["mean"][owned.parameter.name]
+        self._codec.rotate_rows(errors, plan.own.wide, bits=plan.bits, words=words)
+        rows.add_(errors, alpha=loss_scale)
+
+    def keep_mean_errors(
+        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+    ) -> None:
+        """Note what the message to everyone lacks of ``rows``."""
+        decoded = torch.zeros_like(rows)
+        self._codec.add_pieces(message, plan.own.wide, decoded, bits=plan.bits)
+        errors = rows - decoded
+        self._codec.rotate_rows(errors, plan.own.wide, bits=plan.bits, words=words, inverse=True)
+        for owned in plan.owned:
+            self._note(
+                "mean", owned.parameter.name, errors[owned.rows].reshape(-1)[: owned.numel] / loss_scale
+            )
+
+    def see_result(self, flat: torch.Tensor) -> None:
+        """Look at a reduced bucket, which is the same on all ranks."""
+        self._finite.append(torch.isfinite(flat).all())
+
+    def finish_step(self) -> None:
+        """Keep the errors of the step if all that was reduced in it is finite, forget them otherwise."""
+        if all(bool(finite) for finite in self._finite):
+            for kind, errors in self._pending.items():
+                self._errors[kind].update(errors)
+        self._pending = {"gradient": {}, "mean": {}}
+        self._finite = []
+
+    def state_dict(self) -> State:
+        """The residuals, as ``{"gradient" | "mean": {parameter name: fp32 tensor}}``."""
+        self.finish_step()
+        return {kind: dict(errors) for kind, errors in self._errors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Take what ``state_dict`` gave on the same rank of as many ranks.
+
+        Raises:
+            RuntimeError: if a residual is missing or has another length.
+        """
+        for kind, errors in self._errors.items():
+            for name, error in errors.items():
+                loaded = state.get(kind, {}).get(name)
+                if loaded is None or loaded.shape != error.shape:
+                    found = "is missing" if loaded is None else f"has {loaded.numel()} elements"
+                    raise RuntimeError(
+                        f"residual of {name} ({kind}) {found}, this rank needs {error.numel()}: the checkpoint was "
+                        "written with another number of ranks or other comm settings"
+                    )
+                error.copy_(loaded)
+
+    def _note(self, kind: str, name: str, error: torch.Tensor) -> None:
+        self._pending[kind][name] = torch.where(torch.isfinite(error), error, self._errors[kind][name])

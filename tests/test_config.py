@@ -1,0 +1,342 @@
+"""Recipes: what a user writes arrives typed and checked, and a mistake is answered with the key and the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cyclebnn_dist.config import (
+    MAY_CHANGE,
+    Recipe,
+    RecipeError,
+    WidthConfig,
+    load_recipe,
+    load_saved,
+    recipe_digest,
+    recipe_from_dict,
+    render_reference,
+    resume_differences,
+    save_recipe,
+    to_dict,
+    validate,
+)
+from cyclebnn_dist.config.schema import leaves
+from cyclebnn_dist.config.validate import flatten
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refused(path: Path, *overrides: str) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert len(str(caught.value).splitlines()) <= 3
+    return caught.value
+
+
+def changed(recipe: Recipe, **values: object) -> Recipe:
+    """Return a recipe with dotted keys (written with __) changed."""
+    for key, value in values.items():
+        names = key.split("__")
+        groups = [recipe]
+        for name in names[:-1]:
+            groups.append(getattr(groups[-1], name))
+        new: object = value
+        for group, name in zip(reversed(groups), reversed(names), strict=True):
+            new = dataclasses.replace(group, **{name: new})
+        recipe = new  # type: ignore[assignment]
+    return recipe
+
+
+def test_defaults_base_recipe_and_command_line_win_in_this_order(tmp_path):
+    write(
+        tmp_path, "optim: {lr: 0.1, name: sgd, momentum: 0.8}\nmodel: {kwargs: {drop_rate: 0.1}}", "base.yaml"
+    )
+    (tmp_path / "sub").mkdir()
+    text = "base: ../base.yaml\noptim: {lr: 0.2, momentum: 0.7}\nmodel: {kwargs: {drop_path_rate: 0.2}}"
+    path = write(tmp_path / "sub", text)
+    recipe = load_recipe(path, ["optim.momentum=0.6", "precision.forward={low: 3}", "model.kwargs.depth=4"])
+    assert (recipe.optim.name, recipe.optim.lr, recipe.optim.momentum) == ("sgd", 0.2, 0.6)
+    assert recipe.optim.betas == (0.9, 0.999)
+    assert (recipe.precision.forward.low, recipe.precision.forward.high) == (3, 6)
+    assert recipe.model.kwargs == {"drop_rate": 0.1, "drop_path_rate": 0.2, "depth": 4}
+
+
+def test_an_empty_file_is_the_defaults(tmp_path):
+    assert load_recipe(write(tmp_path, "# nothing\n")) == Recipe()
+    assert load_recipe(write(tmp_path, "optim:\n")) == Recipe()
+
+
+def test_values_refer_to_other_keys_wherever_those_were_set(tmp_path):
+    path = write(tmp_path, "run: {dir: 'runs/${model.name}-${train.epochs}'}")
+    assert load_recipe(path, ["model.name=resnet50", "train.epochs=3"]).run.dir == "runs/resnet50-3"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-3", 1e-3), ("1E-3", 1e-3), ("1", 1.0), (".5", 0.5), ("'2e-4'", 2e-4)]
+)
+def test_numbers_are_numbers_however_they_are_written(tmp_path, written, value):
+    for recipe in (
+        load_recipe(write(tmp_path, f"optim: {{lr: {written}}}")),
+        load_recipe(write(tmp_path, ""), [f"optim.lr={written}"]),
+    ):
+        assert recipe.optim.lr == value
+        assert type(recipe.optim.lr) is float
+
+
+def test_text_on_the_command_line_needs_no_quotes_against_yaml(tmp_path):
+    path = write(tmp_path, "")
+    for text in ("no", "off", "012", "1:30", "a: b", "1e-3", "", "{x"):
+        assert load_recipe(path, [f"wandb.group={text}"]).wandb.group == text
+    assert load_recipe(path, ["wandb.group='no'"]).wandb.group == "no"
+    assert refused(write(tmp_path, "wandb: {group: no}")).cure.endswith("put it in quotes")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "part"),
+    [
+        ("optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
+        ("epochs=3", "epochs", "did you mean train.epochs?"),
+        ("optim.learning_rate=3", "optim.learning_rate", "optim has: name, lr,"),
+        ("optimizer.lr=1", "optimizer.lr", "did you mean optim.lr?"),
+        ("optim.lr", "optim.lr", "key=value"),
+        ("=3", "=3", "key=value"),
+        ("optim.lr=", "optim.lr", "has no value"),
+        ("optim.lr=fast", "optim.lr", "'fast' is not a number"),
+        ("optim.lr=.inf", "optim.lr", "finite"),
+        ("optim.lr=true", "optim.lr", "true is not a number"),
+        ("data.threads=true", "data.threads", "true is not an integer"),
+        ("data.threads=2.0", "data.threads", "whole number"),
+        ("data.threads=4x", "data.threads", "'4x' is not an integer"),
+        ("model.compile=1", "model.compile", "true or false"),
+        ("binary.method=cyclebn", "binary.method", "did you mean cyclebnn?"),
+        ("comm.small_bits=8", "comm.small_bits", "16, 32"),
+        ("data.scale=[0.1]", "data.scale", "list of 2 numbers"),
+        ("data.mean=[0.1, a, 2]", "data.mean[1]", "'a' is not a number"),
+        ("binary.exclude=layer4", "binary.exclude", "in brackets"),
+        ("precision.forward=4", "precision.forward", "low, high"),
+        ("precision={forward: {hihg: 4}}", "precision.forward.hihg", "precision.forward.high"),
+        ("binary.include=[*]", "binary.include", "YAML"),
+        ("run.dir=${nowhere.x}", "run.dir", "nowhere.x"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_with_its_cure(tmp_path, override, key, part):
+    error = refused(write(tmp_path, ""), override)
+    assert error.key == key
+    assert part in str(error)
+    assert "command line" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "part"),
+    [
+        ("optim: {lrr: 1}", "optim.lrr", "did you mean optim.lr?"),
+        ("optim.lr: 1", "optim.lr", "nested: optim: {lr: ...}"),
+        ("optim: 3", "optim", "group of keys"),
+        ("optim: {1: 3}", "optim.1", "unknown key"),
+        ("train: {epochs: many}", "train.epochs", "'many' is not a number"),
+        ("comm: {block_size: 100}", "comm.block_size", "power of two"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path, text, key, part):
+    write(tmp_path, text, "base.yaml")
+    path = write(tmp_path, "base: base.yaml\nrun: {seed: 1}")
+    error = refused(path)
+    assert error.key == key
+    assert part in str(error)
+    assert error.file == str(tmp_path / "base.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("- a", "not a mapping"),
+        ("{a: ", "not valid YAML"),
+        ("optim: {lr: 1, lr: 2}", "duplicate key"),
+        ("a: b: c", "not valid YAML"),
+        ("\t", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_without_a_traceback(tmp_path, text, part):
+    path = write(tmp_path, text)
+    assert part in str(refused(path))
+    assert str(path) in str(refused(path))
+
+
+def test_missing_files_and_folders_are_refused(tmp_path):
+    assert "no such file" in str(refused(tmp_path / "nothing.yaml"))
+    assert "folder" in str(refused(tmp_path))
+    assert "base" in refused(write(tmp_path, "base: nothing.yaml")).key
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not valid YAML" in str(refused(tmp_path / "bytes.yaml"))
+
+
+def test_recipes_that_inherit_in_a_circle_are_refused_not_followed(tmp_path):
+    write(tmp_path, "base: b.yaml", "a.yaml")
+    write(tmp_path, "base: ./a.yaml", "b.yaml")
+    assert "a.yaml -> b.yaml -> a.yaml" in str(refused(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["train.global_batch_size=0"], "train.global_batch_size"),
+        (["train.global_batch_size=6", "train.accumulation=4"], "train.accumulation"),
+        (["train.epochs=0"], "train.epochs"),
+        (["train.label_smoothing=1"], "train.label_smoothing"),
+        (["train.clip_norm=-1"], "train.clip_norm"),
+        (["train.ema_decay=1"], "train.ema_decay"),
+        (["run.keep_checkpoints=0"], "run.keep_checkpoints"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas"),
+        (["optim.warmup_epochs=90"], "optim.warmup_epochs"),
+        (["optim.min_lr=1"], "optim.min_lr"),
+        (["optim.schedule=step", "optim.milestones=[3, 2]"], "optim.milestones"),
+        (["optim.schedule=step", "train.epochs=10"], "optim.milestones"),
+        (["data.scale=[1, 0.5]"], "data.scale"),
+        (["data.ratio=[0, 1]"], "data.ratio"),
+        (["data.crop_pct=1.1"], "data.crop_pct"),
+        (["data.std=[1, 1, 0]"], "data.std"),
+        (["comm.block_size=8"], "comm.block_size"),
+        (["comm.block_size=131072"], "comm.block_size"),
+        (["precision.forward.low=1"], "precision.forward.low"),
+        (["precision.forward.low=7"], "precision.forward.low"),
+        (["precision.forward.high=33"], "precision.forward.high"),
+        (["precision.forward.high=32"], "precision.forward.high"),
+        (["precision.communication.high=12"], "precision.communication.high"),
+        (["precision.communication.high=16"], "precision.communication.high"),
+        (["precision.communication.low=0"], "precision.communication.low"),
+        (["precision.communication.cycles=0"], "precision.communication.cycles"),
+        (["precision.communication.warmup_epochs=90"], "precision.communication.warmup_epochs"),
+        (["model.pretrained=true", "model.weights=w.safetensors"], "model.weights"),
+        (["model.kwargs.num_classes=3"], "model.kwargs.num_classes"),
+        (["eval.forward_bits=1"], "eval.forward_bits"),
+        (["run.dir="], "run.dir"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_anything_starts(tmp_path, overrides, key):
+    error = refused(write(tmp_path, ""), *overrides)
+    assert error.key == key
+    assert error.file == "the command line"
+
+
+@pytest.mark.parametrize(
+    "width",
+    [
+        WidthConfig(low=1, high=8),
+        WidthConfig(low=4, high=4),
+        WidthConfig(low=32, high=32),
+        WidthConfig(schedule="constant", low=2, high=16),
+    ],
+)
+def test_every_width_the_reducer_has_is_accepted(width):
+    validate(changed(Recipe(), precision__communication=width))
+
+
+def test_the_defaults_are_valid():
+    validate(Recipe())
+
+
+plain_text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+
+
+@given(
+    lr=st.floats(1e-12, 1e6),
+    group=plain_text,
+    tags=st.lists(plain_text, max_size=3).map(tuple),
+    kwargs=st.dictionaries(plain_text, st.none() | st.booleans() | st.integers() | plain_text, max_size=3),
+    pretrained=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_saved_recipe_comes_back_equal_whatever_text_and_numbers_it_holds(
+    tmp_path_factory, lr, group, tags, kwargs, pretrained
+):
+    path = tmp_path_factory.mktemp("saved") / "recipe.yaml"
+    recipe = changed(
+        Recipe(),
+        optim__lr=lr,
+        wandb__group=group,
+        wandb__tags=tags,
+        model__kwargs=kwargs,
+        model__pretrained=pretrained,
+    )
+    save_recipe(recipe, path)
+    assert load_saved(path) == recipe
+    assert recipe_from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert os.listdir(path.parent) == ["recipe.yaml"]
+
+
+def test_a_kill_while_saving_leaves_the_recipe_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+    save_recipe(Recipe(), path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_recipe(changed(Recipe(), run__seed=5), path)
+    assert load_saved(path) == Recipe()
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
+
+
+def test_the_digest_is_the_same_in_every_process_and_sees_only_what_trains(tmp_path):
+    digest = recipe_digest(Recipe())
+    code = "from cyclebnn_dist.config import *; print(recipe_digest(Recipe()))"
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+        assert int(other.stdout) == digest
+    assert 0 <= digest < 2**63
+    assert recipe_digest(changed(Recipe(), run__dir="elsewhere", data__threads=9, wandb__group="g")) == digest
+    assert recipe_digest(changed(Recipe(), train__epochs=90)) == digest, "an integer means the same number"
+    assert recipe_digest(changed(Recipe(), optim__lr=0.01)) != digest
+    assert recipe_digest(changed(Recipe(), model__kwargs={"drop_rate": 0.1})) != digest
+
+
+def test_paths_threads_and_logging_may_change_on_resume():
+    new = changed(Recipe(), data__path="/other", data__threads=7, run__log_every=3, wandb__mode="offline")
+    assert resume_differences(Recipe(), new) == {
+        "data.path": ("sample_data", "/other"),
+        "data.threads": (2, 7),
+        "run.log_every": (10, 3),
+        "wandb.mode": ("auto", "offline"),
+    }
+
+
+def test_every_other_change_on_resume_is_refused_by_name():
+    new = changed(Recipe(), optim__lr=0.5, precision__forward__high=4, data__path="/other")
+    with pytest.raises(RecipeError) as caught:
+        resume_differences(Recipe(), new)
+    for part in ("optim.lr: 0.001 -> 0.5", "precision.forward.high: 6 -> 4", "run.dir"):
+        assert part in str(caught.value)
+    assert "data.path" not in str(caught.value)
+
+
+def test_another_length_needs_the_flag_that_says_so():
+    longer = changed(Recipe(), train__epochs=100.0)
+    with pytest.raises(RecipeError, match=r"run\.extend_epochs=true"):
+        resume_differences(Recipe(), longer)
+    allowed = resume_differences(Recipe(), changed(longer, run__extend_epochs=True))
+    assert allowed["train.epochs"] == (90.0, 100.0)
+
+
+def test_the_keys_that_may_change_exist():
+    assert set(flatten(Recipe())) >= MAY_CHANGE
+
+
+def test_every_field_is_explained_in_both_forms_of_the_reference():
+    text, markdown = render_reference(), render_reference("markdown")
+    for leaf in leaves(Recipe):
+        assert leaf.doc, f"{leaf.key} has no docstring under it"
+        assert f"\n  {leaf.key} = " in text
+        assert f"\n| `{leaf.key}` | " in markdown
+    assert "one of none, bnn" in text
+    assert "CycleBNN" in text
+    assert all(line.count(" | ") == 3 for line in markdown.splitlines() if line.startswith("| `"))
