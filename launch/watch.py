@@ -30,7 +30,8 @@ SIBLING_SECONDS = 10.0
 SAVE_SECONDS = 60.0
 """How long ranks may take to save and end after Ctrl-C."""
 
-QUIET = "submitit "
+QUIET = ("submitit INFO", "submitit WARNING", "submitit ERROR")
+"""What submitit itself logs; its errors come with the rank's own traceback."""
 LAST_LINES = 15
 
 

@@ -29,10 +29,13 @@ from launch.watch import watch
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(call: Callable[[], object], folder: Path, *, tasks: int = 2) -> tuple[Outcome, str]:
+def run_ranks(
+    call: Callable[[], object], folder: Path, *, tasks: int = 2, setup: tuple[str, ...] = ()
+) -> tuple[Outcome, str]:
     """Run a function as the ranks of a local run; return how it ended and what the terminal showed."""
     mark = os.urandom(8).hex()
-    job = start_local(call, profile=ClusterProfile(cluster="local"), folder=folder, mark=mark, tasks=tasks)
+    profile = ClusterProfile(cluster="local", setup=setup)
+    job = start_local(call, profile=profile, folder=folder, mark=mark, tasks=tasks)
     out = io.StringIO()
     outcome = watch(job, mark=mark, tasks=tasks, out=out)
     assert processes.marked(f"{MARK}={mark}") == [], "processes were left behind"
@@ -290,6 +293,22 @@ def test_a_killed_rank_ends_its_siblings_and_is_named(tmp_path, monkeypatch, vic
     assert f"_{victim}_log.out" in outcome.message
     assert f"rank {victim} is at work" in outcome.message
     assert f"ending the others too: {1 - victim}" in shown
+
+
+def test_setup_lines_run_before_the_ranks(tmp_path):
+    def call():
+        print(f"tasted {os.environ['FROM_SETUP']}", flush=True)
+        return Outcome(FINISHED)
+
+    outcome, shown = run_ranks(call, tmp_path, setup=("export FROM_SETUP=salt", "true"))
+    assert outcome == Outcome(FINISHED)
+    assert "tasted salt" in shown
+
+
+def test_ranks_that_never_start_are_a_failure(tmp_path):
+    outcome, _ = run_ranks(lambda: Outcome(FINISHED), tmp_path, setup=("exit 3",))
+    assert outcome.status == FAILED
+    assert "never started (the controller ended with 3)" in outcome.message
 
 
 def test_a_killed_rank_is_named_though_the_siblings_die_of_it_at_once(tmp_path):

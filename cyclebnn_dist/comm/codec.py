@@ -23,9 +23,15 @@ from typing import Literal
 import torch
 
 from cyclebnn_dist.comm import numba_kernels, torch_kernels
-from cyclebnn_dist.comm.levels import LLOYD_MAX_BITS, MAX_CODE_BITS, cell_codes, lloyd_max_levels, uniform_levels
+from cyclebnn_dist.comm.levels import (
+    LLOYD_MAX_BITS,
+    MAX_CODE_BITS,
+    cell_codes,
+    lloyd_max_levels,
+    uniform_levels,
+)
 from cyclebnn_dist.comm.packing import pack, unpack
-from cyclebnn_dist.comm.pieces import CAST_BYTES, Pieces
+from cyclebnn_dist.comm.pieces import CAST_BYTES, SCALE_BYTES, Pieces
 from cyclebnn_dist.comm.randomness import block_words, step_words
 
 FORMAT_VERSION = 1
@@ -75,6 +81,19 @@ class Codec:
         """63-bit number, equal for codecs that write the same bytes."""
         facts = (FORMAT_VERSION, self.name, self.block_size, self.unbiased)
         return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
+
+    def warm_up(self, device: torch.device) -> None:
+        """Compile every kernel for ``device`` by encoding one block."""
+        size = self.block_size
+        flat, rows = torch.ones(size, device=device), torch.zeros(1, size, device=device)
+        zero = torch.zeros(1, dtype=torch.int64, device=device)
+        pieces = Pieces(zero, zero + size, zero, zero, zero, zero + SCALE_BYTES)
+        message = torch.zeros(SCALE_BYTES + 4 * size, dtype=torch.uint8, device=device)
+        for bits in (1, MAX_CODE_BITS, *CAST_BYTES):
+            self.encode_pieces(flat, pieces, message, bits=bits, words=(0, 0), phase=1)
+            self.add_pieces(message, pieces, rows, bits=bits)
+            self.decode_pieces(message, pieces, flat, bits=bits, words=(0, 0))
+            self.rotate_rows(rows, pieces, bits=bits, words=(0, 0))
 
     def encode(self, x: torch.Tensor, bits: int, key: BlockKey) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode fp32 blocks ``[n, block_size]`` at 1 to 8 bits.
@@ -126,7 +145,9 @@ class Codec:
         """
         if bits in CAST_BYTES:
             if self._on_numba(flat):
-                numba_kernels.encode_cast(*_arrays(flat, out, pieces.source, pieces.count, pieces.codes_at), bits)
+                numba_kernels.encode_cast(
+                    *_arrays(flat, out, pieces.source, pieces.count, pieces.codes_at), bits
+                )
             else:
                 torch_kernels.encode_cast(flat, out, pieces, size=self.block_size, bits=bits)
             return

@@ -16,14 +16,14 @@ class MismatchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Header:
-    """What sender and receiver must agree in; ``layout`` and ``bucket`` are 63-bit digests."""
+    """What sender and receiver must agree in; ``layout_and_codec`` and ``bucket`` are 63-bit digests."""
 
     magic: int
     version: int
     phase: int
     bits: int
     step: int
-    layout: int
+    layout_and_codec: int
     bucket: int
 
     def to_bytes(self) -> bytes:

@@ -23,8 +23,26 @@ POSITIVE_LEVELS: dict[int, tuple[float, ...]] = {
         *(1.256231197, 1.618046386, 2.069017227, 2.732589571),
     ),
     5: (
-        *(0.065889660, 0.198051830, 0.331378306, 0.466699523, 0.604933624, 0.747135704, 0.894565117, 1.048783320),
-        *(1.211804381, 1.386340340, 1.576228079, 1.787233218, 2.028728399, 2.317739404, 2.691119577, 3.260732493),
+        *(
+            0.065889660,
+            0.198051830,
+            0.331378306,
+            0.466699523,
+            0.604933624,
+            0.747135704,
+            0.894565117,
+            1.048783320,
+        ),
+        *(
+            1.211804381,
+            1.386340340,
+            1.576228079,
+            1.787233218,
+            2.028728399,
+            2.317739404,
+            2.691119577,
+            3.260732493,
+        ),
     ),
 }
 
@@ -56,5 +74,7 @@ def cell_codes(bits: int) -> torch.Tensor:
     """
     levels = lloyd_max_levels(bits).double()
     thresholds = torch.tensor([(a + b) / 2 for a, b in pairwise(levels.tolist())], dtype=torch.float64)
-    centres = (torch.arange(NUM_CELLS, dtype=torch.float64) + 0.5) / CELLS_PER_UNIT - NUM_CELLS / CELLS_PER_UNIT / 2
+    centres = (
+        torch.arange(NUM_CELLS, dtype=torch.float64) + 0.5
+    ) / CELLS_PER_UNIT - NUM_CELLS / CELLS_PER_UNIT / 2
     return torch.searchsorted(thresholds, centres).to(torch.uint8)

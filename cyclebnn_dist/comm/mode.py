@@ -9,7 +9,9 @@ from cyclebnn_dist.config.recipe import CommConfig, PrecisionConfig, WidthConfig
 FIXED_BITS = {"bf16": 16, "fp32": 32}
 
 
-def communicated_precision(precision: PrecisionConfig, comm: CommConfig, *, world_size: int) -> PrecisionConfig:
+def communicated_precision(
+    precision: PrecisionConfig, comm: CommConfig, *, world_size: int
+) -> PrecisionConfig:
     """The recipe's widths with the communication channel as ``comm.mode`` decides it.
 
     ``auto`` quantizes where there is something to send: with one rank nothing is, and gradients stay as they are.

@@ -48,6 +48,7 @@ class Plan:
         sizes: bytes of the message for each owner; ``padded_size`` is the largest.
         outgoing: pieces of all messages, one message after the other (what a rank sends in the first phase).
         own: pieces of a message for this rank (what it receives from everyone, and answers with).
+        own_rows: the same, with their elements in rows of a block each (where their mean is).
         gathered: pieces of all messages, ``padded_size`` apart (what everyone receives in the second phase).
         owned: this rank's rows, parameter by parameter.
         digest: 63-bit number that stands for ``parameters``.
@@ -60,6 +61,7 @@ class Plan:
     sizes: tuple[int, ...]
     outgoing: Share
     own: Share
+    own_rows: Share
     gathered: Share
     owned: tuple[OwnedRows, ...]
     digest: int
@@ -84,7 +86,7 @@ def build_plan(layout: Layout, indices: Sequence[int], *, bits: int, rank: int, 
             _concatenate([share.wide for share, _ in shares], bases).to(device),
         )
 
-    own = shares[rank][0]
+    own = Share(shares[rank][0].small.to(device), shares[rank][0].wide.to(device))
     return Plan(
         parameters=parameters,
         numel=starts[-1],
@@ -92,7 +94,8 @@ def build_plan(layout: Layout, indices: Sequence[int], *, bits: int, rank: int, 
         small_bits=layout.small_width(bits),
         sizes=sizes,
         outgoing=placed((0, *accumulate(sizes))[:-1]),
-        own=Share(own.small.to(device), own.wide.to(device)),
+        own=own,
+        own_rows=Share(own.small.as_rows(layout.block_size), own.wide.as_rows(layout.block_size)),
         gathered=placed([owner * padded for owner in owners]),
         owned=_owned_rows(parameters, rank),
         digest=int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1,

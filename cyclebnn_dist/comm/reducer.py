@@ -23,7 +23,8 @@ from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.executor import build_executor
 from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
 from cyclebnn_dist.comm.layout import Layout
-from cyclebnn_dist.comm.plan import Plan, Share, build_plan
+from cyclebnn_dist.comm.pieces import Pieces
+from cyclebnn_dist.comm.plan import Plan, build_plan
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
 from cyclebnn_dist.comm.scratch import Scratch
@@ -216,42 +217,40 @@ class Reducer:
                 gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
             feedback.add_to_gradients(gradient, plan, loss_scale=loss_scale)
             outgoing = scratch.get("outgoing", sum(plan.sizes), torch.uint8)
-            self._encode(gradient, plan.outgoing, plan, outgoing, words=words, phase=1)
+            shares = ((plan.outgoing.small, plan.small_bits), (plan.outgoing.wide, plan.bits))
+            for pieces, width in shares:
+                self.codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
             header = self._header(plan, step=step, phase=1)
             for message in outgoing.split(list(plan.sizes)):
-                message[:HEADER_BYTES] = header
+                message[:HEADER_BYTES] = _as_tensor(header, flat.device)
             feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
             incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
             sent = to_owners(outgoing, incoming, sizes=plan.sizes, rank=self._rank, group=group)
         messages = incoming.view(world_size, own_size)
-        self._receive(plan, messages[:, :HEADER_BYTES], step=step, phase=1)
+        self._receive(header, messages)
 
         with timing("decode"):
-            small = self._sum(messages, plan, plan.own.small, bits=plan.small_bits, name="small")
-            wide = self._sum(messages, plan, plan.own.wide, bits=plan.bits, name="wide")
+            small = self._mean(messages, plan.own.small, bits=plan.small_bits, name="small")
+            wide = self._mean(messages, plan.own.wide, bits=plan.bits, name="wide")
 
         with timing("encode"):
             feedback.add_to_mean(wide, plan, words=words, loss_scale=loss_scale)
             answer = scratch.get("answer", plan.padded_size, torch.uint8)
-            answer[own_size:] = 0
-            rows = Share(
-                plan.own.small.as_rows(self.layout.block_size), plan.own.wide.as_rows(self.layout.block_size)
-            )
-            self.codec.encode_pieces(
-                small.view(-1), rows.small, answer, bits=plan.small_bits, words=words, phase=2, rotated=True
-            )
-            self.codec.encode_pieces(
-                wide.view(-1), rows.wide, answer, bits=plan.bits, words=words, phase=2, rotated=True
-            )
-            answer[:HEADER_BYTES] = self._header(plan, step=step, phase=2)
+            means = ((small, plan.own_rows.small, plan.small_bits), (wide, plan.own_rows.wide, plan.bits))
+            for rows, pieces, width in means:
+                self.codec.encode_pieces(
+                    rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
+                )
+            header = self._header(plan, step=step, phase=2)
+            answer[:HEADER_BYTES] = _as_tensor(header, flat.device)
             feedback.keep_mean_errors(wide, answer, plan, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
             gathered = scratch.get("gathered", world_size * plan.padded_size, torch.uint8)
             sent += to_everyone(answer, gathered, group=group)
-        self._receive(plan, gathered.view(world_size, -1)[:, :HEADER_BYTES], step=step, phase=2)
+        self._receive(header, gathered.view(world_size, plan.padded_size))
 
         with timing("decode"):
             for pieces, width in ((plan.gathered.small, plan.small_bits), (plan.gathered.wide, plan.bits)):
@@ -261,3 +260,55 @@ class Reducer:
             feedback.see_result(flat)
         self.counters.add_exchange(sent_bytes=sent, numel=plan.numel, world_size=world_size)
         return flat
+
+    def _plan(self, indices: tuple[int, ...], bits: int) -> Plan:
+        if (indices, bits) not in self._plans:
+            self._plans[indices, bits] = build_plan(
+                self.layout, indices, bits=bits, rank=self._rank, device=self._device
+            )
+        return self._plans[indices, bits]
+
+    def _mean(self, messages: torch.Tensor, pieces: Pieces, *, bits: int, name: str) -> torch.Tensor:
+        """Mean over ranks of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
+        size = self.layout.block_size
+        rows = self._scratch.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
+        for message in messages:
+            self.codec.add_pieces(message, pieces, rows, bits=bits)
+        return rows.div_(self.layout.world_size)
+
+    def _header(self, plan: Plan, *, step: int, phase: int) -> Header:
+        return Header(
+            magic=MAGIC,
+            version=FORMAT_VERSION,
+            phase=phase,
+            bits=plan.bits,
+            step=step,
+            layout_and_codec=self.layout.digest ^ self.codec.digest,
+            bucket=plan.digest,
+        )
+
+    def _receive(self, expected: Header, messages: torch.Tensor) -> None:
+        """Verify received messages ``[ranks, bytes]``: at once on a CPU, in ``check`` on a GPU, whose host runs ahead."""
+        headers = messages[:, :HEADER_BYTES]
+        if headers.device.type == "cpu":
+            self._verify(expected, headers)
+        else:
+            self._unverified.append((expected, headers.clone()))
+
+    def _verify(self, expected: Header, headers: torch.Tensor) -> None:
+        raw = expected.to_bytes()
+        received = [bytes(row) for row in headers.cpu().numpy()]
+        wrong = [
+            f"rank {rank} sent {describe_difference(expected, row)}"
+            for rank, row in enumerate(received)
+            if row != raw
+        ]
+        if wrong:
+            raise MismatchError(
+                f"rank {self._rank} at step {expected.step} ({expected.bits} bits) received gradients that do not "
+                f"belong there: {'; '.join(wrong)}"
+            )
+
+
+def _as_tensor(header: Header, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(header.to_bytes()), dtype=torch.uint8).to(device)

@@ -26,7 +26,13 @@ class Feedback(Protocol):
     def add_to_gradients(self, flat: torch.Tensor, plan: Plan, *, loss_scale: float) -> None: ...
 
     def keep_gradient_errors(
-        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        flat: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None: ...
 
     def add_to_mean(
@@ -34,7 +40,13 @@ class Feedback(Protocol):
     ) -> None: ...
 
     def keep_mean_errors(
-        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        rows: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None: ...
 
     def see_result(self, flat: torch.Tensor) -> None: ...
@@ -53,7 +65,13 @@ class NoFeedback:
         pass
 
     def keep_gradient_errors(
-        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        flat: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None:
         pass
 
@@ -63,7 +81,13 @@ class NoFeedback:
         pass
 
     def keep_mean_errors(
-        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        rows: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None:
         pass
 
@@ -104,7 +128,13 @@ class ErrorFeedback:
             start += parameter.numel
 
     def keep_gradient_errors(
-        self, flat: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        flat: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None:
         """Note what the outgoing messages lack of ``flat``."""
         decoded = torch.zeros_like(flat)
@@ -127,7 +157,13 @@ class ErrorFeedback:
         rows.add_(errors, alpha=loss_scale)
 
     def keep_mean_errors(
-        self, rows: torch.Tensor, message: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
+        self,
+        rows: torch.Tensor,
+        message: torch.Tensor,
+        plan: Plan,
+        *,
+        words: tuple[int, int],
+        loss_scale: float,
     ) -> None:
         """Note what the message to everyone lacks of ``rows``."""
         decoded = torch.zeros_like(rows)

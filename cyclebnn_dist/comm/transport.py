@@ -11,7 +11,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 def to_owners(
-    outgoing: torch.Tensor, incoming: torch.Tensor, *, sizes: Sequence[int], rank: int, group: dist.ProcessGroup
+    outgoing: torch.Tensor,
+    incoming: torch.Tensor,
+    *,
+    sizes: Sequence[int],
+    rank: int,
+    group: dist.ProcessGroup,
 ) -> int:
     """Collective: every rank calls this. Send message ``i`` of ``outgoing`` to rank ``i``.
 

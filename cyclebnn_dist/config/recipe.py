@@ -120,7 +120,7 @@ class TrainConfig:
     global_batch_size: int = 256
     """Images per optimizer step over all ranks: ranks x accumulation x per-rank batch must give it exactly."""
     accumulation: int = 1
-    """Forward and backward passes per optimizer step."""
+    """Forward and backward passes per optimizer step; may follow the number of ranks when a run is resumed."""
     amp: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass (torch.autocast); fp16 with loss scaling, on GPUs only."""
     clip_norm: float = 0.0
@@ -170,9 +170,9 @@ class WidthConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: CPT's sawtooth, rising from low to high in every cycle; constant: always high."""
     low: int = 2
-    """Bits at the start of a cycle."""
+    """Bits at the start of a cycle: 2 to 16 or 32; for communication 1 to 8, 16 or 32."""
     high: int = 8
-    """Bits at the end of a cycle."""
+    """Bits at the end of a cycle, and of a constant width; the same range. Cycles stay within 2 to 16, or 1 to 8."""
     cycles: int = 8
     """Number of cycles over the whole run."""
     warmup_epochs: float = 0.0

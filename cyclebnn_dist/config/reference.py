@@ -9,16 +9,7 @@ from typing import Any, Literal
 
 from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.recipe import Recipe
-
-EXAMPLE = """\
-# recipe.yaml: only what differs from the defaults
-base: quickstart.yaml        # optional: another recipe, relative to this one
-optim: {lr: 0.002, schedule: linear}
-precision:
-  communication: {low: 2, high: 8, cycles: 4}
-run:
-  dir: runs/${model.name}    # ${...} takes the value of another key
-"""
+from cyclebnn_dist.config.validate import MAY_CHANGE
 
 
 def render_reference(
@@ -50,6 +41,11 @@ def render_reference(
                 for leaf in leaves
             ]
             blocks.append("\n".join([*title, *entries]))
+    if settings is Recipe:
+        may_change = [leaf.key for leaf in schema.leaves(Recipe) if leaf.key in MAY_CHANGE]
+        keys = ", ".join(f"`{key}`" if format == "markdown" else key for key in may_change)
+        text = f"When a run is resumed only these keys may differ: {keys}; train.epochs with run.extend_epochs=true."
+        blocks.append(text if format == "markdown" else textwrap.fill(text, width, break_on_hyphens=False))
     return "\n\n".join(blocks) + "\n"
 
 

@@ -1,0 +1,24 @@
+"""Binary layers in any timm model: swapping, widths, counting."""
+
+from cyclebnn_dist.binary.count import Counts, LayerCount, count
+from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
+from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
+from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
+from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
+from cyclebnn_dist.binary.widths import set_widths
+
+__all__ = [
+    "METHODS",
+    "BinaryConv2d",
+    "BinaryLinear",
+    "Binarizer",
+    "Counts",
+    "LayerCount",
+    "SwapReport",
+    "SwapRow",
+    "binarize_",
+    "binary_modules",
+    "count",
+    "parameter_kinds",
+    "set_widths",
+]

@@ -1,0 +1,63 @@
+"""Binary layers: a convolution and a linear layer that take over a real one's parameters and place."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class BinaryConv2d(nn.Conv2d):
+    """A convolution of signs. ``weight`` [filters, channels / groups, kh, kw] is the latent real weight; make one with ``from_real``.
+
+    Zero padding is of the signs, so a border element adds nothing.
+    """
+
+    binarizer: Binarizer
+
+    @classmethod
+    def from_real(cls, real: nn.Conv2d, *, method: str) -> BinaryConv2d:
+        """The binary layer in the place of ``real``, sharing its Parameters; ``real`` must not be used afterwards."""
+        layer = _take_over(cls, real)
+        layer.binarizer = METHODS[method](layer.weight, channel_dim=1).train(real.training)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self._conv_forward(
+            self.binarizer.binarize_input(input), self.binarizer.binarize_weight(self.weight), None
+        )
+        output = self.binarizer.scale_output(product)
+        return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+
+
+class BinaryLinear(nn.Linear):
+    """A product of signs. ``weight`` [filters, features] is the latent real weight; make one with ``from_real``."""
+
+    binarizer: Binarizer
+
+    @classmethod
+    def from_real(cls, real: nn.Linear, *, method: str) -> BinaryLinear:
+        """The binary layer in the place of ``real``, sharing its Parameters; ``real`` must not be used afterwards."""
+        layer = _take_over(cls, real)
+        layer.binarizer = METHODS[method](layer.weight, channel_dim=-1).train(real.training)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = functional.linear(
+            self.binarizer.binarize_input(input), self.binarizer.binarize_weight(self.weight)
+        )
+        output = self.binarizer.scale_output(product)
+        return output if self.bias is None else output + self.bias
+
+
+def _take_over(cls: type[Layer], real: nn.Module) -> Layer:
+    """An instance of ``cls`` with every attribute of ``real``: parameters, geometry, mode, hooks."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update(real.__dict__)
+    layer._modules = dict(real._modules)
+    return layer

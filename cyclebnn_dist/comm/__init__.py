@@ -1,0 +1,73 @@
+"""Gradient communication: the quantized all-reduce and its hook for DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cyclebnn_dist.comm.codec import BlockKey, Codec
+from cyclebnn_dist.comm.counters import Counters
+from cyclebnn_dist.comm.header import MismatchError
+from cyclebnn_dist.comm.hook import register_hook
+from cyclebnn_dist.comm.layout import Layout, build_layout
+from cyclebnn_dist.comm.reducer import Reducer
+from cyclebnn_dist.config.recipe import CommConfig
+
+__all__ = [
+    "BlockKey",
+    "Codec",
+    "Counters",
+    "Layout",
+    "MismatchError",
+    "Reducer",
+    "build_layout",
+    "build_reducer",
+    "register_hook",
+]
+
+
+def build_reducer(
+    comm: CommConfig,
+    named_parameters: Iterable[tuple[str, torch.Tensor]],
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    device: torch.device,
+    timeout_seconds: float | None = None,
+) -> Reducer:
+    """Collective: every rank calls this. The reducer a recipe asks for, in a process group of its own.
+
+    Compiles the CPU kernels it needs, so that the first step does not have to.
+
+    Args:
+        named_parameters: of the model, in model order; gradients arrive with the same shapes.
+        seed: of the codec's randomness; the same on all ranks.
+        device: of the gradients: NCCL carries those of a GPU, Gloo those of a CPU.
+        timeout_seconds: after which a collective fails; None for torch's default.
+    """
+    layout = build_layout(
+        named_parameters,
+        world_size=world_size,
+        block_size=comm.block_size,
+        small_bits=comm.small_bits,
+        small_numel=comm.small_numel,
+    )
+    codec = Codec(comm.codec, block_size=comm.block_size, unbiased=not comm.error_feedback)
+    group = None
+    if world_size > 1:
+        codec.warm_up(device)
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    return Reducer(
+        layout,
+        codec,
+        group=group,
+        rank=rank,
+        seed=seed,
+        device=device,
+        error_feedback=comm.error_feedback,
+    )
