@@ -32,7 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str, example: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, example: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(
             name,
             help=text,
@@ -60,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "  cyclebnn evaluate runs/quickstart\n"
         "  cyclebnn evaluate runs/quickstart/checkpoints/step_000000500 data.path=/data/imagenet",
     )
-    evaluate.add_argument("checkpoint", type=Path, help="a checkpoint folder, or a run folder for its newest one")
+    evaluate.add_argument(
+        "checkpoint", type=Path, help="a checkpoint folder, or a run folder for its newest one"
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 

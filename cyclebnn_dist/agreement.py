@@ -60,7 +60,9 @@ class Agreement:
         self._work = None
         count = len(FIELDS)
         largest, smallest = self._message[:count], -self._message[count : 2 * count]
-        differing = [name for name, a, b in zip(FIELDS, largest.tolist(), smallest.tolist(), strict=True) if a != b]
+        differing = [
+            name for name, a, b in zip(FIELDS, largest.tolist(), smallest.tolist(), strict=True) if a != b
+        ]
         if differing:
             raise RuntimeError(self._describe(differing))
         return bool(self._message[-1].item())

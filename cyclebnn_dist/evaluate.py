@@ -29,7 +29,9 @@ def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     meta = read_meta(folder)
     world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
-    images = on_main(world, lambda: scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes))
+    images = on_main(
+        world, lambda: scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes)
+    )
     model, _ = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model.to(world.device)
     loader = EvalLoader(
@@ -72,5 +74,7 @@ def find_checkpoint(path: Path) -> Path:
         return path
     newest = next(iter(complete_checkpoints(path)), None)
     if newest is None:
-        raise RecipeError(str(path), "holds no complete checkpoint", "name a run folder or a checkpoint folder")
+        raise RecipeError(
+            str(path), "holds no complete checkpoint", "name a run folder or a checkpoint folder"
+        )
     return newest

@@ -133,9 +133,7 @@ def train_step(run: Run) -> StepResult:
     begun = time.perf_counter()
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
-    lr = learning_rate(
-        step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch
-    )
+    lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
     run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested)
     run.engine.begin_step(step, lr=lr, communication_bits=widths.communication_bits)
     accumulation = recipe.train.accumulation

@@ -73,7 +73,9 @@ def optimizer_state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[
     }
 
 
-def load_optimizer_state_by_name(optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]) -> None:
+def load_optimizer_state_by_name(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Restore what ``optimizer_state_by_name`` gave; the groups' settings stay those of the recipe."""
     current = optimizer.state_dict()
     names = [name for group in optimizer.param_groups for name in group["names"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def summarize(run: Run) -> dict[str, Any]:
 def render_summary(summary: dict[str, Any]) -> str:
     """The summary as a person reads it."""
     bits = "   ".join(
-        f"{channel} {used['min']} / {used['mean']:.2f} / {used['max']}" for channel, used in summary["bits"].items()
+        f"{channel} {used['min']} / {used['mean']:.2f} / {used['max']}"
+        for channel, used in summary["bits"].items()
     )
     rows = {
         "validation top-1": f"{summary['eval_top1']:.2f} % of {summary['eval_images']} images "
@@ -93,13 +95,9 @@ def _sent(summary: dict[str, Any]) -> str:
 
 
 def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            break
-        num_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{num_bytes:.3g} {unit}"
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB")
+    power = min(len(units) - 1, int(math.log10(max(1.0, num_bytes)) // 3))
+    return f"{num_bytes / 1000**power:.3g} {units[power]}"
 
 
 def _publish(path: Path, text: str) -> None:

@@ -1,14 +1,14 @@
-"""The run folder: which recipe it belongs to, how often it was started, and whether its run has ended.
+"""The run folder: which recipe it belongs to, how often it was started, and whether its run has ended. Needs no torch.
 
-    run_dir/
-      recipe.yaml       the resolved recipe; what makes the folder a run's
-      layers.txt        what was swapped and why not
-      checkpoints/      see checkpoint.py
-      metrics.jsonl     one row every few steps; see metrics/journal.py
-      wandb/            Weights & Biases; its run id in wandb_run_id
-      summary.json      written at the end, for programs
-      summary.txt       the same for people
-      submitit/         job files and logs of python -m launch
+run_dir/
+  recipe.yaml       the resolved recipe; what makes the folder a run's
+  layers.txt        what was swapped and why not
+  checkpoints/      see checkpoint.py
+  metrics.jsonl     one row every few steps; see metrics/journal.py
+  wandb/            Weights & Biases; its run id in wandb_run_id
+  summary.json      written at the end, for programs
+  summary.txt       the same for people
+  submitit/         job files and logs of python -m launch
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from cyclebnn_dist.config import (
     resume_differences,
     save_recipe,
 )
-from cyclebnn_dist.metrics.journal import FILE_NAME
 
-LAYERS, SUMMARY_JSON, SUMMARY_TEXT = "layers.txt", "summary.json", "summary.txt"
-LAUNCHER_FILES = {"submitit"}
+LAYERS, JOURNAL, SUMMARY_JSON, SUMMARY_TEXT = "layers.txt", "metrics.jsonl", "summary.json", "summary.txt"
+LAUNCHER_FOLDER = "submitit"
 
 
 def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
@@ -42,7 +41,9 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
     if saved.exists():
         resume_differences(load_saved(saved), recipe)
         return
-    foreign = sorted(p.name for p in run_dir.iterdir() if p.name not in LAUNCHER_FILES) if run_dir.exists() else []
+    foreign = (
+        sorted(p.name for p in run_dir.iterdir() if p.name != LAUNCHER_FOLDER) if run_dir.exists() else []
+    )
     if foreign:
         raise RecipeError(
             "run.dir",
@@ -52,14 +53,13 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
 
 
 def finished_summary(run_dir: Path, recipe: Recipe) -> str | None:
-    """The summary of a run that has ended with this recipe's length, else None."""
-    path = run_dir / SUMMARY_JSON
-    if not path.exists():
+    """The summary of a run that has ended at this recipe's length, else None."""
+    try:
+        summary = json.loads((run_dir / SUMMARY_JSON).read_text())
+        text = (run_dir / SUMMARY_TEXT).read_text()
+    except (OSError, ValueError):
         return None
-    summary = json.loads(path.read_text())
-    if not summary["finished"] or summary["epochs"] != recipe.train.epochs:
-        return None
-    return (run_dir / SUMMARY_TEXT).read_text()
+    return text if summary["finished"] and summary["epochs"] == recipe.train.epochs else None
 
 
 def claim_run_folder(run_dir: Path, recipe: Recipe, layer_table: str) -> int:
@@ -67,6 +67,6 @@ def claim_run_folder(run_dir: Path, recipe: Recipe, layer_table: str) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, run_dir / SAVED_NAME)
     (run_dir / LAYERS).write_text(layer_table)
-    journal = run_dir / FILE_NAME
+    journal = run_dir / JOURNAL
     starts = journal.read_text().count('"event": "start"') if journal.exists() else 0
     return starts + 1

@@ -54,7 +54,9 @@ def _encode(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
             items.append([key, _encode(item, f"{where}/{key}" if where else str(key), tensors)])
         return {"dict": items}
     if isinstance(value, (list, tuple)):
-        encoded = [_encode(item, f"{where}/{i}" if where else str(i), tensors) for i, item in enumerate(value)]
+        encoded = [
+            _encode(item, f"{where}/{i}" if where else str(i), tensors) for i, item in enumerate(value)
+        ]
         return {"tuple" if isinstance(value, tuple) else "list": encoded}
     raise TypeError(f"{type(value).__name__} at {where or 'the top'} cannot be stored")
 

@@ -17,7 +17,7 @@ _declared: torch.library.Library | None = None
 def _ensure_torchvision() -> None:
     global _declared
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "operator torchvision::" not in str(error) or _declared is not None:
             raise

@@ -117,7 +117,13 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
 
     place = {"rank": world.rank, "world_size": world.size, "device": world.device}
-    reducer = build_reducer(recipe.comm, model.named_parameters(), seed=recipe.run.seed, **place)
+    reducer = build_reducer(
+        recipe.comm,
+        model.named_parameters(),
+        seed=recipe.run.seed,
+        timeout_seconds=recipe.run.collective_timeout_seconds,
+        **place,
+    )
     engine = DDPEngine(
         model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
     )
@@ -167,7 +173,9 @@ def place_model(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     """The model on its device, in its memory layout, with its batch normalization shared and compiled if asked."""
     if recipe.model.sync_bn:
         if world.device.type != "cuda":
-            raise RecipeError("model.sync_bn", "torch shares batch statistics on GPUs only", "set it to false on CPUs")
+            raise RecipeError(
+                "model.sync_bn", "torch shares batch statistics on GPUs only", "set it to false on CPUs"
+            )
         model = timm.layers.convert_sync_batchnorm(model)
     layout = torch.channels_last if recipe.model.channels_last else torch.preserve_format
     model = model.to(device=world.device, memory_format=layout)

@@ -138,7 +138,9 @@ def all_succeed(world: World, function: Callable[[], None], *, what: str) -> Non
         failure = error
     reports = gather_objects(
         world,
-        None if failure is None else (isinstance(failure, RecipeError), f"{type(failure).__name__}: {failure}"),
+        None
+        if failure is None
+        else (isinstance(failure, RecipeError), f"{type(failure).__name__}: {failure}"),
     )
     failed = [(rank, report) for rank, report in enumerate(reports) if report is not None]
     if not failed:

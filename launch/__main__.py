@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cyclebnn_dist.batching import per_rank_batch
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, render_reference, to_dict
+from cyclebnn_dist.run_folder import LAUNCHER_FOLDER, check_run_folder, finished_summary
 from launch.profile import ClusterProfile, load_profile, num_tasks_per_node
 
 EXAMPLES = """\
@@ -93,18 +95,15 @@ def _launch(arguments: argparse.Namespace) -> int:
     )
     run_dir = Path(recipe.run.dir).absolute()
 
-    from launch.run_state import check_recipe_of, finished_text
-    from launch.submit import FOLDER
-
     if arguments.dry_run:
         from launch.preview import layer_table, submission_text
 
-        print(submission_text(profile, folder=run_dir / FOLDER))
+        print(submission_text(profile, folder=run_dir / LAUNCHER_FOLDER))
         status, table = layer_table(arguments.recipe, arguments.overrides)
         print(table, end="")
         return status
-    check_recipe_of(run_dir, recipe)
-    done = finished_text(run_dir, recipe)
+    check_run_folder(run_dir, recipe)
+    done = finished_summary(run_dir, recipe)
     if done is not None:
         print(f"this run is finished already: {run_dir}\n{done.rstrip()}")
         return 0
@@ -115,27 +114,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     return _debug(recipe, run_dir)
 
 
-def check_shares(recipe: Recipe, *, ranks: int) -> None:
-    """Refuse a global batch that so many ranks cannot share evenly.
-
-    Raises:
-        RecipeError: naming the numbers.
-    """
-    images, accumulation = recipe.train.global_batch_size, recipe.train.accumulation
-    if images % (ranks * accumulation):
-        raise RecipeError(
-            "train.global_batch_size",
-            f"{images} images cannot be shared by {ranks} ranks x {accumulation} accumulated batches",
-            "choose a multiple, or another number of ranks (--nodes, --tasks-per-node)",
-        )
-
-
 def _submit(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
     from launch.job import Job
-    from launch.submit import FOLDER, submit_slurm
+    from launch.submit import submit_slurm
 
-    check_shares(recipe, ranks=profile.nodes * num_tasks_per_node(profile))
-    folder, existed = run_dir / FOLDER, _existing(run_dir / FOLDER)
+    per_rank_batch(recipe.train, world_size=profile.nodes * num_tasks_per_node(profile))
+    folder, existed = run_dir / LAUNCHER_FOLDER, _existing(run_dir / LAUNCHER_FOLDER)
     try:
         job = submit_slurm(Job(to_dict(recipe), str(run_dir)), profile=profile, folder=folder)
     except RecipeError:
@@ -152,13 +136,13 @@ def _submit(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
 
 def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
     from launch.job import REFUSED, Job
-    from launch.submit import FOLDER, choose_gpus, start_local
+    from launch.submit import choose_gpus, start_local
     from launch.watch import watch
 
     gpus = choose_gpus(profile)
     tasks = num_tasks_per_node(profile, visible_gpus=len(gpus))
-    check_shares(recipe, ranks=tasks)
-    folder, existed = run_dir / FOLDER, _existing(run_dir / FOLDER)
+    per_rank_batch(recipe.train, world_size=tasks)
+    folder, existed = run_dir / LAUNCHER_FOLDER, _existing(run_dir / LAUNCHER_FOLDER)
     devices = (
         ",".join(gpus)
         if gpus or profile.gpus_per_node is not None
@@ -182,17 +166,17 @@ def _debug(recipe: Recipe, run_dir: Path) -> int:
     import submitit
 
     from launch.job import REFUSED, Job
-    from launch.submit import FOLDER, environ, stale_ranks
+    from launch.submit import environ, stale_ranks
 
-    existed = _existing(run_dir / FOLDER)
+    existed = _existing(run_dir / LAUNCHER_FOLDER)
     with environ(stale_ranks()):
         outcome = (
-            submitit.AutoExecutor(run_dir / FOLDER, cluster="debug")
+            submitit.AutoExecutor(run_dir / LAUNCHER_FOLDER, cluster="debug")
             .submit(Job(to_dict(recipe), str(run_dir)))
             .result()
         )
     if outcome.status == REFUSED:
-        _forget(run_dir / FOLDER, existed)
+        _forget(run_dir / LAUNCHER_FOLDER, existed)
         print(outcome.message, file=sys.stderr)
     return outcome.status
 

@@ -20,9 +20,6 @@ from cyclebnn_dist.config import RecipeError
 from launch.job import LAUNCHER_PID, MARK
 from launch.profile import ClusterProfile, num_tasks_per_node
 
-FOLDER = "submitit"
-"""Folder of job files and logs, inside the run folder."""
-
 NO_TIME_LIMIT_MIN = 60 * 24 * 3650
 
 

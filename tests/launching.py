@@ -40,7 +40,16 @@ class Launched:
         self._rows = run_dir / "metrics.jsonl"
         self._earlier_rows = len(self._read_rows())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "launch", str(recipe), *overrides, "--local", "--tasks-per-node", str(ranks)],
+            [
+                sys.executable,
+                "-m",
+                "launch",
+                str(recipe),
+                *overrides,
+                "--local",
+                "--tasks-per-node",
+                str(ranks),
+            ],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -101,7 +110,9 @@ class Launched:
 
 def alive(pids: set[int]) -> set[int]:
     """Those of ``pids`` that are running (a zombie is not)."""
-    return {pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
+    return {
+        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    }
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:

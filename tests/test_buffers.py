@@ -24,7 +24,13 @@ def average(rank, size):
         inside = model.norm.running_mean.tolist()
     after = model.norm.running_mean.tolist()
     state = model_state(model, buffers)
-    return inside, after, state["norm.running_mean"].tolist(), int(state["norm.num_batches_tracked"]), sorted(buffers)
+    return (
+        inside,
+        after,
+        state["norm.running_mean"].tolist(),
+        int(state["norm.num_batches_tracked"]),
+        sorted(buffers),
+    )
 
 
 def test_buffers_are_averaged_for_evaluation_and_come_back_untouched(ranks):

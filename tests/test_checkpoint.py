@@ -48,7 +48,10 @@ def test_every_rank_finds_its_own_state_in_the_newest_and_older_ones_are_removed
         assert own["buffer"].item() == rank + 0.5
         assert shared["engine"]["optimizer"]["w"]["step"].item() == 15.0
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000000015", "step_000000010"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000000010", "step_000000015"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step_000000010",
+        "step_000000015",
+    ]
     assert read_meta(complete_checkpoints(tmp_path)[0])["world_size"] == 2
 
 

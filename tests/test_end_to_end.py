@@ -71,7 +71,15 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
             assert torch.equal(tensor, found[file][key]), f"{file}: {key}"
 
     summaries = [json.loads((r.run_dir / "summary.json").read_text()) for r in (undisturbed, resumed)]
-    for key in ("steps", "bits", "sent_bytes", "fp32_bytes", "eval_top1", "eval_images", "training_saving_model"):
+    for key in (
+        "steps",
+        "bits",
+        "sent_bytes",
+        "fp32_bytes",
+        "eval_top1",
+        "eval_images",
+        "training_saving_model",
+    ):
         assert summaries[0][key] == summaries[1][key], key
     losses = [
         {r["step"]: r["loss"] for r in read_journal(one.run_dir) if r["event"] == "train"}

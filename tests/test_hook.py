@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
 from cyclebnn_dist.comm import build_reducer, register_hook
 from cyclebnn_dist.config.recipe import CommConfig
 

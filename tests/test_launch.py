@@ -17,7 +17,7 @@ import pytest
 from submitit.helpers import DelayedSubmission
 
 import launch.watch
-from cyclebnn_dist.config import Recipe, RecipeError, save_recipe
+from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, save_recipe
 from cyclebnn_dist.config.schema import leaves
 from launch import processes
 from launch.job import FAILED, FINISHED, MARK, PREEMPTED, REFUSED, Job, Outcome, prepare_rank
@@ -171,7 +171,7 @@ def test_without_saying_where_nothing_starts(recipe_file):
     ("arguments", "part"),
     [
         (["--local", "optim.lrr=3"], "did you mean optim.lr?"),
-        (["--local", "train.global_batch_size=6", "--tasks-per-node", "4"], "cannot be shared by 4 ranks"),
+        (["--local", "train.global_batch_size=6", "--tasks-per-node", "4"], "cannot be cut into 4 ranks"),
         (["--local", "--tasks-per-node", "many"], "'many' is not an integer"),
         (["--local", "--nodes", "2"], "one machine"),
         (["--cluster", "nothing.yaml"], "no such file"),
@@ -208,6 +208,7 @@ def test_a_dry_run_shows_the_batch_file_and_writes_nothing(recipe_file):
 def finished_run(recipe_file):
     run_dir = recipe_file.parent / "run"
     run_dir.mkdir()
+    save_recipe(load_recipe(recipe_file), run_dir / "recipe.yaml")
     (run_dir / "summary.json").write_text(json.dumps({"finished": True, "epochs": 90.0}))
     (run_dir / "summary.txt").write_text("validation top-1 91 %\n")
     return recipe_file
@@ -226,7 +227,7 @@ def test_a_finished_run_says_so_at_once_without_torch_or_processes(finished_run)
     assert done.returncode == FINISHED, done.stderr
     assert "finished already" in done.stdout
     assert "validation top-1 91 %" in done.stdout
-    assert sorted(os.listdir(finished_run.parent / "run")) == ["summary.json", "summary.txt"]
+    assert sorted(os.listdir(finished_run.parent / "run")) == ["recipe.yaml", "summary.json", "summary.txt"]
 
 
 def test_the_folder_of_another_recipe_is_refused_by_the_key_that_differs(finished_run):

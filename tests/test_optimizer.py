@@ -88,5 +88,7 @@ def test_learning_rate_shapes():
     assert rate(50) == pytest.approx(1.0)
     assert rate(25, min_lr=0.5) == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi / 4)))
     assert rate(75, schedule="linear") == pytest.approx(0.5)
-    assert [rate(s, schedule="step", milestones=(3.0, 6.0)) for s in (29, 30, 60)] == pytest.approx([2, 0.2, 0.02])
+    assert [rate(s, schedule="step", milestones=(3.0, 6.0)) for s in (29, 30, 60)] == pytest.approx(
+        [2, 0.2, 0.02]
+    )
     assert rate(99, schedule="constant") == 2.0

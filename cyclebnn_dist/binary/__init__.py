@@ -9,9 +9,9 @@ from cyclebnn_dist.binary.widths import set_widths
 
 __all__ = [
     "METHODS",
+    "Binarizer",
     "BinaryConv2d",
     "BinaryLinear",
-    "Binarizer",
     "Counts",
     "LayerCount",
     "SwapReport",

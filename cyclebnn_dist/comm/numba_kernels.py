@@ -50,43 +50,55 @@ def block_word(low, high, parameter, block):
 
 @compiled
 def apply_signs(x_bits, word):
-    """Flip the sign bits of ``x_bits`` (int32 view of fp32) at random."""
-    for first in range(0, len(x_bits), 32):
-        flips = np.int32(mix(word + (first >> 5) * 0x9E3779B9))
-        for i in range(min(32, len(x_bits) - first)):
-            x_bits[first + i] ^= ((flips >> np.int32(i)) & np.int32(1)) << np.int32(31)
+    """Flip the sign bits of ``x_bits`` (int32 view of fp32) at random: element ``i * n + j`` by bit i of word j of n."""
+    num_words = max(1, len(x_bits) // 32)
+    words = np.empty(num_words, np.int32)
+    for j in range(num_words):
+        words[j] = np.int32(mix(word + j * 0x9E3779B9))
+    for i in range(len(x_bits) // num_words):
+        for j in range(num_words):
+            x_bits[i * num_words + j] ^= ((words[j] >> np.int32(i)) & np.int32(1)) << np.int32(31)
 
 
 @compiled
-def hadamard(x):
-    """Multiply ``x`` by the Hadamard matrix in place; strides halve from ``len(x) / 2`` to 1, two stages a pass."""
-    size = len(x)
-    stride = size // 2
-    stages = 0
-    while (1 << stages) < size:
-        stages += 1
-    if stages % 2:
-        for i in range(stride):
-            a, b = x[i], x[i + stride]
-            x[i], x[i + stride] = a + b, a - b
-        stride //= 2
-    stride //= 2
-    while stride > 4:
-        for start in range(0, size, 4 * stride):
-            for i in range(start, start + stride):
-                a, b, c, d = x[i], x[i + stride], x[i + 2 * stride], x[i + 3 * stride]
-                e, f, g, h = a + c, b + d, a - c, b - d
-                x[i], x[i + stride], x[i + 2 * stride], x[i + 3 * stride] = e + f, e - f, g + h, g - h
-        stride //= 4
-    for start in range(0, size, 16):
-        for i in range(start, start + 4):
-            a, b, c, d = x[i], x[i + 4], x[i + 8], x[i + 12]
-            e, f, g, h = a + c, b + d, a - c, b - d
-            x[i], x[i + 4], x[i + 8], x[i + 12] = e + f, e - f, g + h, g - h
-    for i in range(0, size, 4):
-        a, b, c, d = x[i], x[i + 1], x[i + 2], x[i + 3]
+def two_stages(x, y):
+    quarter = len(x) // 4
+    for i in range(quarter):
+        a, b, c, d = x[i], x[i + quarter], x[i + 2 * quarter], x[i + 3 * quarter]
         e, f, g, h = a + c, b + d, a - c, b - d
-        x[i], x[i + 1], x[i + 2], x[i + 3] = e + f, e - f, g + h, g - h
+        y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3] = e + f, e - f, g + h, g - h
+
+
+@compiled
+def hadamard(x, y):
+    """Multiply ``x`` by the Hadamard matrix in place, with ``y`` as scratch memory of the same length.
+
+    Each stage combines elements half the length apart and writes the pair side by side, so that all stages read and
+    write alike (Pease 1968) and vectorize; two are done in one pass.
+    """
+    passes = 0
+    while (1 << (2 * passes)) < len(x):
+        passes += 1
+    odd = (1 << (2 * passes)) > len(x)
+    into_y = True
+    for _ in range(passes - odd):
+        if into_y:
+            two_stages(x, y)
+        else:
+            two_stages(y, x)
+        into_y = not into_y
+    source = x if into_y else y
+    if odd:
+        target = y if into_y else x
+        half = len(x) // 2
+        for i in range(half):
+            a, b = source[i], source[i + half]
+            target[2 * i], target[2 * i + 1] = a + b, a - b
+        source = target
+        into_y = not into_y
+    if not into_y:
+        for i in range(len(x)):
+            x[i] = y[i]
 
 
 @compiled
@@ -189,7 +201,8 @@ def encode(
     x = np.empty(size, np.float32)
     x_bits = x.view(np.int32)
     products = np.empty(size, np.float32)
-    squares = np.empty(size, np.float32)
+    chosen = np.empty(size, np.float32)
+    cell_of = np.empty(size, np.int32)
     codes = np.empty(size, np.uint8)
     convert = np.empty(1, np.float32)
     convert_bits = convert.view(np.int32)
@@ -222,24 +235,29 @@ def encode(
         spread = F1
         if rotate:
             apply_signs(x_bits, word)
-            hadamard(x)
+            hadamard(x, products)
             spread = np.float32(size)
             down /= spread
         if lloyd_max:
             for i in range(size):
-                squares[i] = x[i] * x[i]
-            energy = tree_sum(squares)
+                products[i] = x[i] * x[i]
+            energy = tree_sum(products)
             inverse = F1 / np.sqrt(energy / np.float32(size)) if energy > F0 else F0
             for i in range(size):
                 cell = (x[i] * inverse) * CELLS_PER_UNIT + CELL_OFFSET
-                codes[i] = cells[np.int32(min(max(cell, F0), LAST_CELL))]
+                cell = cell if cell > F0 else F0
+                cell_of[i] = np.int32(cell if cell < LAST_CELL else LAST_CELL)
             for i in range(size):
-                products[i] = x[i] * levels[codes[i]]
+                codes[i] = cells[cell_of[i]]
+            for i in range(size):
+                chosen[i] = levels[codes[i]]
+            for i in range(size):
+                products[i] = x[i] * chosen[i]
             matched = tree_sum(products)
             if rounding == NEAREST:
                 for i in range(size):
-                    squares[i] = levels[codes[i]] * levels[codes[i]]
-                scale = matched / tree_sum(squares)
+                    products[i] = chosen[i] * chosen[i]
+                scale = matched / tree_sum(products)
             else:
                 scale = energy / matched if matched > F0 else F0
             convert[0] = scale * down
@@ -255,7 +273,9 @@ def encode(
             step = (convert[0] * up) * spread
             inverse = HALF / step if step > F0 else F0
             for i in range(size):
-                codes[i] = np.uint8(min(max(x[i] * inverse + middle, F0), last_code))
+                code = x[i] * inverse + middle
+                code = code if code > F0 else F0
+                codes[i] = np.uint8(np.int32(code if code < last_code else last_code))
         if not finite:
             scale_word = np.int64(BFLOAT16_NAN)
         at = scale_at[n]
@@ -298,6 +318,7 @@ def decode(
     codes = np.empty(size, np.uint8)
     convert = np.empty(1, np.float32)
     convert_bits = convert.view(np.int32)
+    scratch = np.empty(size, np.float32)
     num_bytes = size * bits // 8
     for n in range(len(source)):
         scale = read_scale(message, scale_at[n], convert, convert_bits)
@@ -306,7 +327,7 @@ def decode(
         for i in range(size):
             x[i] = levels[codes[i]] * scale
         if rotate:
-            hadamard(x)
+            hadamard(x, scratch)
             apply_signs(x_bits, block_word(low, high, parameter[n], block[n]))
         begin = source[n]
         for i in range(count[n]):
@@ -318,17 +339,18 @@ def rotate_rows(rows, count, parameter, block, low, high, inverse):
     """Rotate fp32 rows ``[n, size]`` in place into the domain of the codes, or back; back, padding becomes zero."""
     size = rows.shape[1]
     bits = rows.view(np.int32)
+    scratch = np.empty(size, np.float32)
     spread = F1 / np.float32(size)
     for n in range(len(rows)):
         word = block_word(low, high, parameter[n], block[n])
         if inverse:
-            hadamard(rows[n])
+            hadamard(rows[n], scratch)
             apply_signs(bits[n], word)
             for i in range(count[n], size):
                 rows[n, i] = F0
         else:
             apply_signs(bits[n], word)
-            hadamard(rows[n])
+            hadamard(rows[n], scratch)
             for i in range(size):
                 rows[n, i] *= spread
 

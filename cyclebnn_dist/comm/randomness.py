@@ -44,8 +44,12 @@ def random_words(per_block: torch.Tensor, counters: torch.Tensor) -> torch.Tenso
 
 
 def signs(per_block: torch.Tensor, size: int) -> torch.Tensor:
-    """Random signs as int32 ``[n, size]`` masks of the sign bit: 0 or the most negative int32."""
-    counters = torch.arange((size + 31) // 32, device=per_block.device)
-    shifts = torch.arange(32, device=per_block.device)
-    bits = (random_words(per_block, counters)[:, :, None] >> shifts) & 1
-    return (bits.reshape(len(per_block), -1)[:, :size] << 31).to(torch.int32)
+    """Random signs as int32 ``[n, size]`` masks of the sign bit: 0 or the most negative int32.
+
+    Of ``w = size / 32`` words, bit ``i`` of word ``j`` is the sign of element ``i * w + j``.
+    """
+    num_words = max(1, size // 32)
+    words = random_words(per_block, torch.arange(num_words, device=per_block.device))
+    shifts = torch.arange(size // num_words, device=per_block.device)
+    bits = (words[:, None, :] >> shifts[:, None]) & 1
+    return (bits.reshape(len(per_block), size) << 31).to(torch.int32)

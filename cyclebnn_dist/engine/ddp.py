@@ -60,7 +60,7 @@ class DDPEngine:
 
     def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
         set_learning_rate(self._optimizer, lr)
-        self._reducer.begin_step(step, communication_bits)
+        self._reducer.begin_step(step, communication_bits, loss_scale=self._scaler.get_scale())
         self._optimizer.zero_grad(set_to_none=True)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

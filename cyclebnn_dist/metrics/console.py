@@ -29,7 +29,14 @@ class Console:
             self._bar.start()
 
     def progress(
-        self, step: int, *, loss: float, lr: float, widths: Widths, images_per_second: float, seconds_left: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        widths: Widths,
+        images_per_second: float,
+        seconds_left: float,
     ) -> None:
         """Show where the run is. ``step`` counts finished steps."""
         if not self._enabled:

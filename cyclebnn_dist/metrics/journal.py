@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "metrics.jsonl"
+from cyclebnn_dist.run_folder import JOURNAL
 
 
 class Journal:
@@ -14,7 +14,7 @@ class Journal:
 
     def __init__(self, run_dir: Path, *, life: int) -> None:
         self._life = life
-        path = run_dir / FILE_NAME
+        path = run_dir / JOURNAL
         torn = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
         self._file = path.open("a", buffering=1)
         if torn:
@@ -30,7 +30,7 @@ class Journal:
 
 def read_journal(run_dir: Path) -> list[dict[str, Any]]:
     """Rows in order of step, without those that a later life wrote again and without torn lines."""
-    path = run_dir / FILE_NAME
+    path = run_dir / JOURNAL
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -30,7 +30,9 @@ class Totals:
     evaluation: dict[str, float] = field(default_factory=dict)
     """The newest evaluation: top1 and top5 in percent, loss, images, step."""
 
-    def add_step(self, widths: Widths, *, images: int, seconds: float, data_seconds: float, skipped: bool) -> None:
+    def add_step(
+        self, widths: Widths, *, images: int, seconds: float, data_seconds: float, skipped: bool
+    ) -> None:
         """Count one optimizer step (an attempted one, if ``skipped``)."""
         self.steps[widths] += 1
         self.images += images

@@ -49,7 +49,9 @@ class WandbRun:
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except Exception as error:
-            log.warning("Weights & Biases did not start online (%s); writing offline to %s", error, run_dir / "wandb")
+            log.warning(
+                "Weights & Biases did not start online (%s); writing offline to %s", error, run_dir / "wandb"
+            )
             self._run = wandb.init(mode="offline", **{**arguments, "resume": None})
         self._run.define_metric("*", step_metric=STEP)
 
