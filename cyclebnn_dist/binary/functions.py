@@ -21,7 +21,8 @@ EPSILON = 1e-5
 def hard_sign(x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     """+1 where ``x + offset`` >= 0, else -1, in the dtype of ``x``."""
     # -0.0 + 0.0 is +0.0: an offset of positive zero gives negative zeros the sign +1.
-    return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x + offset)
+    shifted = x + offset
+    return torch.copysign(shifted.new_ones(()), shifted, out=shifted).to(x.dtype)
 
 
 def surrogate_gradient(x: Tensor, surrogate: Surrogate) -> Tensor:
@@ -94,6 +95,7 @@ class StandardizedSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, deviation, low, step = ctx.saved_tensors
+        x, grad = x.float(), grad.float()
         factor = ctx.gain / deviation
         if ctx.surrogate == "polynomial":
             if ctx.quantized:
@@ -105,8 +107,8 @@ class StandardizedSign(torch.autograd.Function):
         inner = torch.linalg.vecdot(grad.flatten(1), x.flatten(1)).view_as(mean)
         pull = inner * factor / ((numel - 1) * deviation.square())
         # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor, without a temporary for x - mean
-        result = torch.addcmul(mean * pull, x, -pull).addcmul_(grad, factor.expand_as(grad))
-        return result, None, None, None, None, None, None, None, None
+        result = torch.addcmul(mean * pull, x, -pull).addcmul_(grad, factor)
+        return result.to(ctx.saved_tensors[0].dtype), None, None, None, None, None, None, None, None
 
 
 class QuantizeGradient(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 from torch import nn
@@ -26,7 +26,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, ParameterKind]:
     by custom: norms, biases, scales, and what the model lists in ``no_weight_decay()`` (position embeddings).
     """
     latent = {id(module.weight) for _, module in binary_modules(model)}
-    exempt = getattr(model, "no_weight_decay", set)()
+    exempt: Collection[str] = getattr(model, "no_weight_decay", frozenset)()
     kinds: dict[str, ParameterKind] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in latent:

@@ -190,7 +190,7 @@ class CycleBNN(Binarizer):
     def scale_output(self, y: Tensor) -> Tensor:
         if self.quantize_backward:
             y = QuantizeGradient.apply(y, self.widths[1], self.widths[2:], self.noise)
-        alpha = self.alpha * self.gain
+        alpha = (self.alpha * self.gain).to(y.dtype)
         return y * (alpha.view(-1, *[1] * (y.dim() - 2)) if self.channel_dim == 1 else alpha)
 
     def _running_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +200,9 @@ class CycleBNN(Binarizer):
             self.input_range.lerp_(current, 1.0 - self.RANGE_MOMENTUM)
             return low, high
         weight = self.input_range[2] if self.correct_range_bias else torch.ones_like(low)
-        remembered = torch.where(self.input_range[2] > 0.0, self.input_range / weight.clamp_min(1e-30), current)
+        remembered = torch.where(
+            self.input_range[2] > 0.0, self.input_range / weight.clamp_min(1e-30), current
+        )
         return remembered[0], remembered[1]
 
 

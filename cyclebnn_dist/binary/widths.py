@@ -49,5 +49,7 @@ def set_widths(
 
 def _noise_key(seed: int, step: int, index: int) -> tuple[int, int]:
     """Two 32-bit integers, the first odd."""
-    first, second = struct.unpack("<ii", hashlib.blake2b(struct.pack("<3q", seed, step, index), digest_size=8).digest())
+    first, second = struct.unpack(
+        "<ii", hashlib.blake2b(struct.pack("<3q", seed, step, index), digest_size=8).digest()
+    )
     return first | 1, second

@@ -31,7 +31,7 @@ from cyclebnn_dist.comm.levels import (
     uniform_levels,
 )
 from cyclebnn_dist.comm.packing import pack, unpack
-from cyclebnn_dist.comm.pieces import CAST_BYTES, SCALE_BYTES, Pieces
+from cyclebnn_dist.comm.pieces import CAST_BYTES, Pieces
 from cyclebnn_dist.comm.randomness import block_words, step_words
 
 FORMAT_VERSION = 1
@@ -87,8 +87,8 @@ class Codec:
         size = self.block_size
         flat, rows = torch.ones(size, device=device), torch.zeros(1, size, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
-        pieces = Pieces(zero, zero + size, zero, zero, zero, zero + SCALE_BYTES)
-        message = torch.zeros(SCALE_BYTES + 4 * size, dtype=torch.uint8, device=device)
+        pieces = Pieces(zero, zero + size, zero, zero, zero, zero + 8)
+        message = torch.zeros(8 + 4 * size, dtype=torch.uint8, device=device)
         for bits in (1, MAX_CODE_BITS, *CAST_BYTES):
             self.encode_pieces(flat, pieces, message, bits=bits, words=(0, 0), phase=1)
             self.add_pieces(message, pieces, rows, bits=bits)

@@ -62,7 +62,7 @@ class ThreadExecutor:
             if self.error is None:
                 future.set_result(result)
             else:
-                future.set_exception(self.error)
+                future.set_exception(self.error)  # type: ignore[arg-type]
 
 
 class StreamExecutor:
@@ -99,7 +99,7 @@ class InlineExecutor:
         self.error: Exception | None = None
 
     def submit(self, work: Work, flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-        devices = [flat.device] if flat.device.type == "cuda" else None
+        devices: list[int | str | torch.device] | None = [flat.device] if flat.device.type == "cuda" else None
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         future.set_result(flat)
         return future

@@ -25,7 +25,7 @@ NEAREST, STOCHASTIC, UPWARD = 0, 1, 2
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``numba.njit`` without the interpreter lock, IEEE arithmetic, cached on disk where that is possible."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError as error:
@@ -357,55 +357,59 @@ def rotate_rows(rows, count, parameter, block, low, high, inverse):
 
 @compiled
 def encode_cast(flat, out, source, count, codes_at, bits):
-    """Cast pieces of ``flat`` (fp32) to fp32 or bf16 bytes in ``out`` (uint8)."""
+    """Cast pieces of ``flat`` (fp32) to fp32 or bf16 bytes in ``out`` (uint8), where they lie aligned."""
     words = flat.view(np.uint32)
-    for n in range(len(source)):
-        begin, at = source[n], codes_at[n]
-        for i in range(count[n]):
-            word = np.int64(words[begin + i])
-            if bits == 32:
-                for byte in range(4):
-                    out[at + 4 * i + byte] = (word >> (8 * byte)) & 255
-            else:
-                if (word & 0x7FFFFFFF) > 0x7F800000:
-                    word = np.int64(BFLOAT16_NAN)
-                else:
-                    word = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
-                out[at + 2 * i] = word & 255
-                out[at + 2 * i + 1] = word >> 8
-
-
-@compiled
-def read_cast(message, at, bits, convert, convert_bits):
     if bits == 32:
-        word = np.int64(0)
-        for byte in range(4):
-            word |= np.int64(message[at + byte]) << (8 * byte)
-    else:
-        word = (np.int64(message[at]) << 16) | (np.int64(message[at + 1]) << 24)
-    convert_bits[0] = np.uint32(word)
-    return convert[0]
+        whole = out.view(np.uint32)
+        for n in range(len(source)):
+            begin, at = source[n], codes_at[n] // 4
+            for i in range(count[n]):
+                whole[at + i] = words[begin + i]
+        return
+    halves = out.view(np.uint16)
+    for n in range(len(source)):
+        begin, at = source[n], codes_at[n] // 2
+        for i in range(count[n]):
+            word = words[begin + i]
+            rounded = (np.int64(word) + 0x7FFF + ((word >> 16) & 1)) >> 16
+            is_nan = (word & 0x7FFFFFFF) > 0x7F800000
+            halves[at + i] = np.uint16(BFLOAT16_NAN if is_nan else rounded)
 
 
 @compiled
 def add_cast(message, rows, count, codes_at, bits):
     """Add cast pieces of ``message`` to ``rows`` (fp32 ``[n, size]``)."""
-    convert = np.empty(1, np.float32)
+    if bits == 32:
+        whole = message.view(np.float32)
+        for n in range(len(rows)):
+            row, at = rows[n], codes_at[n] // 4
+            for i in range(count[n]):
+                row[i] += whole[at + i]
+        return
+    halves = message.view(np.uint16)
+    convert = np.empty(rows.shape[1], np.float32)
     convert_bits = convert.view(np.uint32)
-    width = bits // 8
     for n in range(len(rows)):
-        at = codes_at[n]
+        row, at = rows[n], codes_at[n] // 2
         for i in range(count[n]):
-            rows[n, i] += read_cast(message, at + width * i, bits, convert, convert_bits)
+            convert_bits[i] = np.uint32(halves[at + i]) << np.uint32(16)
+        for i in range(count[n]):
+            row[i] += convert[i]
 
 
 @compiled
 def decode_cast(message, flat, source, count, codes_at, bits):
     """Write cast pieces of ``message`` into ``flat`` (fp32)."""
-    convert = np.empty(1, np.float32)
-    convert_bits = convert.view(np.uint32)
-    width = bits // 8
+    words = flat.view(np.uint32)
+    if bits == 32:
+        whole = message.view(np.uint32)
+        for n in range(len(source)):
+            begin, at = source[n], codes_at[n] // 4
+            for i in range(count[n]):
+                words[begin + i] = whole[at + i]
+        return
+    halves = message.view(np.uint16)
     for n in range(len(source)):
-        begin, at = source[n], codes_at[n]
+        begin, at = source[n], codes_at[n] // 2
         for i in range(count[n]):
-            flat[begin + i] = read_cast(message, at + width * i, bits, convert, convert_bits)
+            words[begin + i] = np.uint32(halves[at + i]) << np.uint32(16)

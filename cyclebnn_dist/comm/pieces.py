@@ -22,7 +22,7 @@ class Pieces:
         parameter: index of the parameter.
         block: index of the piece within its parameter.
         scale_at: byte offset of the block's scale (unused by casts).
-        codes_at: byte offset of its codes or cast elements.
+        codes_at: byte offset of its codes or cast elements; casts are aligned to their width.
     """
 
     source: torch.Tensor

@@ -63,4 +63,6 @@ def training_saving(counts: CountedMacs, steps: Mapping[Widths, int]) -> Trainin
     scheduled, unscheduled = counts.scheduled_macs, counts.unscheduled_macs
     if scheduled == 0:
         return TrainingSaving(binary_layers=0.0, model=0.0)
-    return TrainingSaving(binary_layers=1.0 - cost, model=(1.0 - cost) * scheduled / (scheduled + unscheduled))
+    return TrainingSaving(
+        binary_layers=1.0 - cost, model=(1.0 - cost) * scheduled / (scheduled + unscheduled)
+    )

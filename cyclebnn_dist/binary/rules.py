@@ -1,0 +1,143 @@
+"""The rules of a swap: which layers of a timm model stay real, and the reason a person is told."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.config.recipe import BinaryConfig
+
+_GATES: Mapping[str, tuple[str, ...]] = {
+    "BlockESE": (),
+    "BlockSE": (),
+    "CecaModule": (),
+    "ChannelAttn": (),
+    "CircularEcaModule": (),
+    "EcaModule": (),
+    "EffectiveSEModule": (),
+    "EseModule": (),
+    "GatherExcite": (),
+    "GlobalContext": (),
+    "LightChannelAttn": (),
+    "LightSpatialAttn": (),
+    "SEModule": (),
+    "SEWithNorm": (),
+    "SelectiveKernelAttn": (),
+    "SpatialAttn": (),
+    "SplitAttn": ("fc1", "fc2", "bn1", "act1"),
+    "SqueezeExcite": (),
+    "SqueezeExciteCl": (),
+}
+"""timm's classes that weigh channels or places, and which of their children do so (none named: all)."""
+
+_GATE_NAMES = frozenset({"se", "gate"})
+_SHORTCUT_NAMES = frozenset({"downsample", "project", "shortcut", "skip"})
+
+
+def is_gate(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the module of this name is, or lies in, squeeze-and-excitation or another gate."""
+    parts = name.split(".")
+    if _GATE_NAMES & set(parts):
+        return True
+    for depth in range(1, len(parts) + 1):
+        children = _GATES.get(type(modules.get(".".join(parts[:depth]))).__name__)
+        if children is not None and (not children or set(parts[depth : depth + 1]) & set(children)):
+            return True
+    return False
+
+
+def stem_names(model: nn.Module) -> frozenset[str]:
+    """Names of the first convolutions: timm's ``first_conv``, else the first convolution or linear layer there is."""
+    names = _configured(model, "first_conv")
+    if names:
+        return names
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            return frozenset({name})
+    return frozenset()
+
+
+def classifier_names(model: nn.Module) -> frozenset[str]:
+    """Names of the classifiers: timm's ``classifier`` and what ``get_classifier()`` returns."""
+    names = _configured(model, "classifier")
+    get_classifier = getattr(model, "get_classifier", None)
+    if get_classifier is not None:
+        heads = get_classifier()
+        heads = heads if isinstance(heads, tuple | list) else (heads,)
+        names |= {name for name, module in model.named_modules() if any(module is head for head in heads)}
+    return names
+
+
+def reason_to_stay(
+    name: str,
+    layer: nn.Module,
+    *,
+    rules: BinaryConfig,
+    modules: Mapping[str, nn.Module],
+    stem: frozenset[str],
+    classifier: frozenset[str],
+) -> str:
+    """Why this layer is not swapped; empty if it is."""
+    if rules.method == "none":
+        return "binary.method is none"
+    if type(layer) is not nn.Conv2d and type(layer) is not nn.Linear:
+        return f"a {type(layer).__name__} is not swapped"
+    if _within(name, stem) and rules.keep_stem:
+        return "stem"
+    if _within(name, classifier) and rules.keep_classifier:
+        return "classifier"
+    if rules.keep_squeeze_excite and is_gate(name, modules):
+        return "gate"
+    if isinstance(layer, nn.Conv2d):
+        if rules.keep_depthwise and 1 < layer.groups == layer.in_channels:
+            return "depthwise"
+        if rules.keep_downsample and layer.kernel_size == (1, 1) and _SHORTCUT_NAMES & set(name.split(".")):
+            return "downsample"
+    if not any(fnmatchcase(name, pattern) for pattern in rules.include):
+        return "not included"
+    for pattern in rules.exclude:
+        if fnmatchcase(name, pattern):
+            return f"excluded by {pattern}"
+    return ""
+
+
+def check_patterns(rules: BinaryConfig, names: Sequence[str]) -> None:
+    """Refuse a pattern that matches no layer: it is misspelt, or meant for another model.
+
+    Raises:
+        RecipeError: naming the pattern and the nearest layer names.
+    """
+    for key, patterns in (("include", rules.include), ("exclude", rules.exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = nearest_patterns(pattern, names)
+                raise RecipeError(
+                    f"binary.{key}",
+                    f"'{pattern}' matches no layer of this model",
+                    f"near it: {', '.join(near)}",
+                )
+
+
+def nearest_patterns(pattern: str, names: Iterable[str]) -> list[str]:
+    """Up to four layer names, or patterns for all layers below a name, that look like ``pattern``."""
+    names = list(names)
+    prefixes = {
+        ".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 1)
+    }
+    candidates = names + [f"{prefix}.*" for prefix in sorted(prefixes)]
+    return difflib.get_close_matches(pattern, candidates, n=4, cutoff=0.3) or names[:4]
+
+
+def _configured(model: nn.Module, key: str) -> frozenset[str]:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get(key) or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    known = {name for name, _ in model.named_modules()}
+    return frozenset(name for name in names if name in known)
+
+
+def _within(name: str, places: frozenset[str]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)

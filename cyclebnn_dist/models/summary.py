@@ -1,0 +1,110 @@
+"""The summary of a recipe's model: what is swapped, and what it all costs, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from cyclebnn_dist.binary import count
+from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.models.build import build_model
+from cyclebnn_dist.precision import build_schedule, training_saving
+
+SCHEDULE_STEPS_PER_EPOCH = 1000
+"""The images are not looked at, so the schedule is averaged over epochs of this many steps."""
+
+
+def summarize_recipe(recipe: Recipe, *, as_json: bool = False) -> str:
+    """A table of layers with the totals under it, or the same as one JSON object.
+
+    Pretrained weights are not fetched: they change no number.
+
+    Raises:
+        RecipeError: as ``build_model``.
+    """
+    summary = describe_recipe(recipe)
+    return json.dumps(summary) if as_json else _render(summary)
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Layers, operations, parameters, sizes and training saving of the recipe's model, as plain values."""
+    from dataclasses import replace
+
+    side = recipe.data.image_size
+    model, swap = build_model(
+        replace(recipe.model, pretrained=False, weights=""), recipe.binary, image_size=side
+    )
+    counts = count(model, input_size=(3, side, side))
+    total_steps = max(1, round(recipe.train.epochs * SCHEDULE_STEPS_PER_EPOCH))
+    schedule = build_schedule(
+        recipe.precision, total_steps=total_steps, steps_per_epoch=SCHEDULE_STEPS_PER_EPOCH
+    )
+    saving = training_saving(counts, Counter(map(schedule.at, range(total_steps))))
+    layers = []
+    for row, layer in zip(swap.rows, counts.layers, strict=True):
+        assert row.name == layer.name
+        layers.append({**asdict(row), **asdict(layer)})
+    return {
+        "model": recipe.model.name,
+        "method": recipe.binary.method,
+        "image_size": side,
+        "num_layers": len(layers),
+        "num_swapped": swap.num_swapped,
+        "activation": swap.activation,
+        "num_activations_replaced": len(swap.activations),
+        "one_sided_inputs": list(swap.one_sided_inputs),
+        "bops": counts.bops,
+        "flops": counts.flops,
+        "ops": counts.ops,
+        "params": counts.params,
+        "binary_params": counts.binary_params,
+        "size_bits": counts.size_bits,
+        "training_saving": saving.model,
+        "training_saving_binary_layers": saving.binary_layers,
+        "layers": layers,
+    }
+
+
+def _render(summary: dict[str, Any]) -> str:
+    cells = [("layer", "kind", "weight", "output", "parameters", "MACs", "method")]
+    for layer in summary["layers"]:
+        cells.append(
+            (
+                layer["name"],
+                layer["kind"],
+                " x ".join(map(str, layer["shape"])),
+                " x ".join(map(str, layer["output_shape"])),
+                f"{layer['params']:,}",
+                f"{layer['macs']:,}",
+                summary["method"] if layer["swapped"] else f"real: {layer['reason']}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = {4, 5}
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i in right else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+    full_bits = 32 * summary["params"]
+    totals = {
+        "model": f"{summary['model']}, {summary['num_swapped']} of {summary['num_layers']} layers binary "
+        f"({summary['method']}), {summary['image_size']} px",
+        "operations": f"{summary['ops']:.4g} OPs = {summary['bops']:.4g} BOPs / 64 + {summary['flops']:.4g} FLOPs "
+        "(multiply-accumulates)",
+        "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
+        "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight), {full_bits / 8e6:.2f} MB in fp32",
+        "training": f"{100 * summary['training_saving']:.1f} % of the model's operations saved, "
+        f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' (CPT's cost formula)",
+    }
+    if summary["num_activations_replaced"]:
+        totals["activations"] = f"{summary['num_activations_replaced']} replaced by {summary['activation']}"
+    if summary["one_sided_inputs"]:
+        totals["warning"] = f"never negative inputs, all signs +1: {', '.join(summary['one_sided_inputs'])}"
+    width = max(map(len, totals))
+    lines += ["", *(f"{name:<{width}}  {text}" for name, text in totals.items())]
+    return "\n".join(lines)
