@@ -111,7 +111,7 @@ def parameter_hash(model: nn.Module) -> str:
 def _hash(tensors: Iterable[torch.Tensor]) -> str:
     state = hashlib.sha256()
     for tensor in tensors:
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -15,7 +15,8 @@ def configure_logging(*, rank: int, size: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logging.getLogger("numba").setLevel(logging.WARNING)
+    for noisy in ("numba", "submitit"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.captureWarnings(True)
     if rank != 0:
         warnings.simplefilter("ignore")

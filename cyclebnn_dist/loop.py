@@ -238,14 +238,11 @@ def evaluate_and_log(run: Run) -> None:
     run.totals.evaluation = {**row, "images": result.images, "step": run.step}
     run.totals.best_top1 = max(run.totals.best_top1, row["top1"])
     write_row(run, "eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
-    if run.world.is_main:
-        log.info(
-            "evaluation at step %d: %s of %d images, forward %d bits",
-            run.step,
-            ", ".join(f"{name} {value:.2f}{'' if 'loss' in name else ' %'}" for name, value in row.items()),
-            result.images,
-            run.eval_forward_bits,
-        )
+    told = "; ".join(
+        f"{'averaged weights ' if prefix else ''}top-1 {row[prefix + 'top1']:.2f} %, loss {row[prefix + 'loss']:.4f}"
+        for prefix in models
+    )
+    log.info("evaluation at step %d, forward %d bits: %s", run.step, run.eval_forward_bits, told)
 
 
 @torch.no_grad()

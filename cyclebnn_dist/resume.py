@@ -89,6 +89,13 @@ def _restore_own(run: Run, own: dict[str, Any]) -> None:
     set_random_state(own["random"])
 
 
+def seed_generators(seed: int) -> None:
+    """Seed this process's global random generators: torch (CPU, GPU), numpy, Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """States of this process's global random generators: torch (CPU, GPU), numpy, Python."""
     return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,14 +110,15 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         steps_per_epoch=epoch_steps,
     )
 
-    torch.manual_seed(recipe.run.seed)
+    resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
-    torch.manual_seed(recipe.run.seed + 1 + world.rank)
+    resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
 
-    place = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
+    reading = {**place, "channels_last": recipe.model.channels_last}
     reducer = build_reducer(
         recipe.comm,
         model.named_parameters(),
@@ -141,9 +143,9 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         batch_size=batch_size,
         steps_per_epoch=epoch_steps * recipe.train.accumulation,
         seed=recipe.run.seed,
-        **place,
+        **reading,
     )
-    eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **place)
+    eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
 
     life = on_main(world, lambda: claim_run_folder(run_dir, recipe, swap_report.render()))
     return loop.Run(
@@ -177,8 +179,9 @@ def place_model(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
                 "model.sync_bn", "torch shares batch statistics on GPUs only", "set it to false on CPUs"
             )
         model = timm.layers.convert_sync_batchnorm(model)
-    layout = torch.channels_last if recipe.model.channels_last else torch.preserve_format
-    model = model.to(device=world.device, memory_format=layout)
+    model = model.to(world.device)
+    if recipe.model.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if recipe.model.compile:
         model.compile()
     return model

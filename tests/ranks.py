@@ -56,10 +56,11 @@ class RankPool:
         while pending and (remaining := deadline - monotonic()) > 0:
             for pipe in wait(list(pending), timeout=remaining):
                 assert isinstance(pipe, Connection)
+                rank = pending.pop(pipe)
                 try:
-                    outcomes[pending.pop(pipe)] = pipe.recv()
+                    outcomes[rank] = pipe.recv()
                 except (EOFError, ConnectionError):
-                    outcomes[[p for _, p in workers].index(pipe)] = ("lost", "the process ended")
+                    outcomes[rank] = ("lost", "the process ended")
         for rank in pending.values():
             outcomes[rank] = ("lost", f"no answer within {timeout_seconds:.0f} s")
         if any(kind != "result" for kind, _ in outcomes.values()):

@@ -74,13 +74,14 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
     for key in (
         "steps",
         "bits",
-        "sent_bytes",
         "fp32_bytes",
         "eval_top1",
         "eval_images",
         "training_saving_model",
     ):
         assert summaries[0][key] == summaries[1][key], key
+    # DDP's first step of a life is one bucket, and every bucket has its own headers and padding.
+    assert summaries[1]["sent_bytes"] == pytest.approx(summaries[0]["sent_bytes"], rel=0.01)
     losses = [
         {r["step"]: r["loss"] for r in read_journal(one.run_dir) if r["event"] == "train"}
         for one in (undisturbed, resumed)

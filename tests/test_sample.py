@@ -3,11 +3,12 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import sample
-from cyclebnn_dist.data.sample import CLASSES, generate_sample
+from cyclebnn_dist.data.sample import CLASSES, draw_image, generate_sample
 
 SMALL = {"num_train": 120, "num_val": 20, "image_size": 24}
 
@@ -91,3 +92,17 @@ def test_sizes_out_of_range_are_refused(tmp_path, key, value):
     with pytest.raises(RecipeError, match="at least"):
         generate_sample(tmp_path / "set", **{**SMALL, key: value})
     assert not (tmp_path / "set").exists()
+
+
+def test_a_linear_model_on_the_pixels_cannot_tell_the_classes():
+    """Ninety percent in the quickstart would prove nothing about the network."""
+
+    def draw(split, count):
+        images = np.stack([draw_image(split, index, image_size=24, seed=0) for index in range(count)])
+        return images.reshape(count, 12, 2, 12, 2, 3).mean(axis=(2, 4)).reshape(count, -1) / 255 - 0.5
+
+    train, val = draw("train", 1500), draw("val", 500)
+    targets = np.eye(10)[np.arange(1500) % 10]
+    weights = np.linalg.solve(train.T @ train + 3.0 * np.eye(train.shape[1]), train.T @ targets)
+    accuracy = np.mean((val @ weights).argmax(axis=1) == np.arange(500) % 10)
+    assert 0.1 < accuracy < 0.5

@@ -28,7 +28,7 @@ def hard_sign(x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
 def surrogate_gradient(x: Tensor, surrogate: Surrogate) -> Tensor:
     """The factor a surrogate gives the gradient of sign at ``x``."""
     if surrogate == "clip":
-        return (x.abs() <= 1.0).to(x.dtype)
+        return x.abs().le_(1.0)
     return x.abs().mul_(-2.0).add_(2.0).clamp_min_(0.0)
 
 
@@ -48,11 +48,15 @@ class SignWithSurrogate(torch.autograd.Function):
 
 
 class ScaledSign(torch.autograd.Function):
-    """sign(w) times mean|w| of its filter; the gradient passes where |w| <= 1, times that mean if ``magnitude_aware``."""
+    """sign(w) times mean|w| of its filter; the gradient passes where |w| <= 1, times that mean if ``magnitude_aware``.
+
+    A filter of zeros alone counts as one of magnitude 1.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, magnitude_aware: bool) -> Tensor:
-        scale = per_filter(weight.flatten(1).abs().mean(1), weight)
+        scale = per_filter(as_rows(weight).abs().mean(1), weight)
+        scale = torch.where(scale > 0.0, scale, torch.ones_like(scale))
         ctx.save_for_backward(weight, scale)
         ctx.magnitude_aware = magnitude_aware
         return torch.copysign(scale, weight + 0.0)
@@ -95,7 +99,7 @@ class StandardizedSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, deviation, low, step = ctx.saved_tensors
-        x, grad = x.float(), grad.float()
+        x, grad = at_least_fp32(x), at_least_fp32(grad)
         factor = ctx.gain / deviation
         if ctx.surrogate == "polynomial":
             if ctx.quantized:
@@ -104,55 +108,77 @@ class StandardizedSign(torch.autograd.Function):
                 value = x * factor
             grad = value.abs_().mul_(-2.0).add_(2.0).clamp_min_(0.0).mul_(grad)
         numel = x[0].numel()
-        inner = torch.linalg.vecdot(grad.flatten(1), x.flatten(1)).view_as(mean)
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        inner = torch.linalg.vecdot(as_rows(grad), as_rows(x)).view_as(mean)
         pull = inner * factor / ((numel - 1) * deviation.square())
-        # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor, without a temporary for x - mean
-        result = torch.addcmul(mean * pull, x, -pull).addcmul_(grad, factor)
+        # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor
+        result = (grad * factor).addcmul_(x, -pull).add_(mean * pull)
         return result.to(ctx.saved_tensors[0].dtype), None, None, None, None, None, None, None, None
 
 
-class QuantizeGradient(torch.autograd.Function):
-    """Identity; the gradient is quantized to 2**bits levels from its minimum to its maximum, rounding stochastically.
+class ScaledOutput(torch.autograd.Function):
+    """y times a scale per channel; the gradient of y is then quantized to 2**bits levels, rounding stochastically.
 
-    The rounding is unbiased: E[result] = gradient. ``noise`` holds integers uniform over 32 bits, ``bits`` and ``key``
-    are tensors.
+    Args of ``apply``: y [batch, channels, ...] or [..., channels] by ``channel_dim`` (1 or -1), scale [channels], the
+    tensors ``bits``, ``key`` and ``noise`` of ``quantize_stochastically``, and whether to quantize at all.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, key: Tensor, noise: Tensor) -> Tensor:
-        ctx.save_for_backward(bits, key, noise)
-        return x.view_as(x)
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        scale: Tensor,
+        channel_dim: int,
+        bits: Tensor,
+        key: Tensor,
+        noise: Tensor,
+        quantized: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(y, scale, bits, key, noise)
+        ctx.channel_dim, ctx.quantized = channel_dim, quantized
+        return y * _per_channel(scale, y, channel_dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        bits, key, noise = ctx.saved_tensors
-        return quantize_stochastically(grad, bits, key=key, noise=noise), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, bits, key, noise = ctx.saved_tensors
+        dims = [dim for dim in range(y.dim()) if dim != ctx.channel_dim % y.dim()]
+        scale_grad = (grad * y).sum(dims, dtype=scale.dtype)
+        y_grad = grad * _per_channel(scale, y, ctx.channel_dim)
+        if ctx.quantized:
+            y_grad = quantize_stochastically(y_grad, bits, key=key, noise=noise)
+        return y_grad, scale_grad, None, None, None, None, None
+
+
+def _per_channel(scale: Tensor, y: Tensor, channel_dim: int) -> Tensor:
+    scale = scale.to(y.dtype)
+    return scale.view(-1, *[1] * (y.dim() - 2)) if channel_dim == 1 else scale
 
 
 def quantize_stochastically(x: Tensor, bits: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
     """Round ``x`` at random to one of its two neighbours among 2**bits evenly spaced levels from min(x) to max(x).
 
     Args:
-        x: any shape and floating dtype; the arithmetic is fp32.
+        x: any shape and floating dtype; the arithmetic is at least fp32.
         bits: integer scalar, 2 to 16.
         key: two int32 numbers, the first odd: the noise is a pure function of them and the place in the tensor.
         noise: fixed int32 numbers, uniform over 32 bits.
     """
-    values = x.float()
+    values = at_least_fp32(x)
     low, high = values.amin(), values.amax()
     levels = torch.exp2(bits.float()) - 1.0
     # A hair wider than (high - low) / levels, so that no rounding error reaches a level above the last.
     step = (high - low) / levels * (1.0 + 1e-6)
     step = torch.where(step > 0.0, step, torch.ones_like(step))
     uniform = uniform_like(values, key=key, noise=noise)
-    result = uniform.add_(values.sub(low).div_(step)).floor_().mul_(step).add_(low)
+    result = (values - low).div_(step).add_(uniform).floor_().mul_(step).add_(low)
     return result.to(x.dtype)
 
 
 def uniform_like(x: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
-    """Numbers uniform over [0, 1), in the shape and memory layout of ``x``.
+    """fp32 numbers uniform over [0, 1), multiples of 2**-24, in the shape and memory layout of ``x``.
 
-    Row r of the flattened result is the fixed table ``noise`` rotated by r * key[0] + key[1], modulo 2**32: over the
+    Row r of the flattened result is the fixed table ``noise`` rotated by r * key[0] + key[1], modulo 2**24: over the
     keys every element is uniform, and elements are pairwise independent.
     """
     numel, width = x.numel(), noise.numel()
@@ -162,12 +188,25 @@ def uniform_like(x: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
     else:
         rotation = torch.arange(num_rows, dtype=torch.int32, device=x.device) * key[0] + key[1]
         integers = (noise + rotation.unsqueeze(1)).flatten()[:numel]
-    # 24 bits, the precision of fp32: the largest result stays below 1.
-    uniform = (integers >> 8).float().add_(2.0**23).mul_(2.0**-24)
-    if x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+    uniform = integers.bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)
+    if _is_channels_last(x):
         batch, channels, height, width = x.shape
         return uniform.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return uniform.view(x.shape)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` [n, ...] as a matrix of n rows, whose elements are in the order of memory."""
+    return (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).flatten(1)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """``x`` itself, or in fp32 if its dtype is a narrower one."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def per_filter(values: Tensor, like: Tensor) -> Tensor:

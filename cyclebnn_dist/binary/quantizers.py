@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from cyclebnn_dist.binary.functions import (
     EPSILON,
-    QuantizeGradient,
+    ScaledOutput,
     ScaledSign,
     SignWithSurrogate,
     StandardizedSign,
+    as_rows,
+    at_least_fp32,
     per_filter,
 )
 
@@ -165,7 +167,7 @@ class CycleBNN(Binarizer):
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            rows = weight.detach().flatten(1)
+            rows = at_least_fp32(as_rows(weight.detach()))
             mean, deviation = _mean_and_deviation(rows)
             low, high = rows.amin(1), rows.amax(1)
             offset, step = _sign_offset(low, high, self.widths[0], quantized=self.quantize_forward)
@@ -176,7 +178,7 @@ class CycleBNN(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            rows = x.detach().flatten(1).float()
+            rows = at_least_fp32(as_rows(x.detach()))
             mean, deviation = _mean_and_deviation(rows)
             if not self.training and not self.standardize_in_evaluation:
                 deviation = torch.ones_like(deviation)
@@ -188,10 +190,15 @@ class CycleBNN(Binarizer):
         return StandardizedSign.apply(x, *statistics, 1.0, low, step, "polynomial", self.quantize_forward)
 
     def scale_output(self, y: Tensor) -> Tensor:
-        if self.quantize_backward:
-            y = QuantizeGradient.apply(y, self.widths[1], self.widths[2:], self.noise)
-        alpha = (self.alpha * self.gain).to(y.dtype)
-        return y * (alpha.view(-1, *[1] * (y.dim() - 2)) if self.channel_dim == 1 else alpha)
+        return ScaledOutput.apply(
+            y,
+            self.alpha * self.gain,
+            self.channel_dim,
+            self.widths[1],
+            self.widths[2:],
+            self.noise,
+            self.quantize_backward,
+        )
 
     def _running_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """In training: remember this batch's range and return it. In evaluation: the remembered one, where there is one."""

@@ -84,12 +84,12 @@ def reason_to_stay(
     """Why this layer is not swapped; empty if it is."""
     if rules.method == "none":
         return "binary.method is none"
-    if type(layer) is not nn.Conv2d and type(layer) is not nn.Linear:
-        return f"a {type(layer).__name__} is not swapped"
     if _within(name, stem) and rules.keep_stem:
         return "stem"
     if _within(name, classifier) and rules.keep_classifier:
         return "classifier"
+    if not _is_plain(layer):
+        return f"a {type(layer).__name__} is not swapped"
     if rules.keep_squeeze_excite and is_gate(name, modules):
         return "gate"
     if isinstance(layer, nn.Conv2d):
@@ -130,6 +130,16 @@ def nearest_patterns(pattern: str, names: Iterable[str]) -> list[str]:
     }
     candidates = names + [f"{prefix}.*" for prefix in sorted(prefixes)]
     return difflib.get_close_matches(pattern, candidates, n=4, cutoff=0.3) or names[:4]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether the layer computes what torch's own class does; subclasses standardize weights, pad otherwise, and more."""
+    kind = type(layer)
+    # timm's Linear only casts its parameters, and only when scripted.
+    return kind in (nn.Conv2d, nn.Linear) or (kind.__module__, kind.__name__) == (
+        "timm.layers.linear",
+        "Linear",
+    )
 
 
 def _configured(model: nn.Module, key: str) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """The codec: what turns blocks of a gradient into scales and codes of 1 to 8 bits, and back. It knows no ranks.
 
-``hadamard`` rotates a block by random signs and a Hadamard transform, which makes its elements nearly Gaussian
-whatever they were, and rounds them to Lloyd-Max levels (up to 5 bits) or uniform ones between the extremes (6 to 8).
+``hadamard`` rotates a block by two turns of random signs and a Hadamard transform, which makes its elements nearly
+Gaussian whatever they were (after a single turn a sparse block is neither Gaussian nor unbiased), and rounds them to Lloyd-Max levels (up to 5 bits) or uniform ones between the extremes (6 to 8).
 Up to 5 bits a scale either makes the decoded block unbiased over the random signs (EDEN, Vargaftik et al. 2022), or
 minimizes its squared error, which is right where error feedback makes up for the bias. ``absmax`` does not rotate
 and is uniform at every width. Widths of 16 and 32 bits are casts to bf16 and fp32 through the same interface.
@@ -83,7 +83,7 @@ class Codec:
         return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
 
     def warm_up(self, device: torch.device) -> None:
-        """Compile every kernel for ``device`` by encoding one block."""
+        """Compile the kernels for ``device`` by encoding one block; the rotation by itself serves error feedback only."""
         size = self.block_size
         flat, rows = torch.ones(size, device=device), torch.zeros(1, size, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -93,7 +93,8 @@ class Codec:
             self.encode_pieces(flat, pieces, message, bits=bits, words=(0, 0), phase=1)
             self.add_pieces(message, pieces, rows, bits=bits)
             self.decode_pieces(message, pieces, flat, bits=bits, words=(0, 0))
-            self.rotate_rows(rows, pieces, bits=bits, words=(0, 0))
+        if not self.unbiased:
+            self.rotate_rows(rows, pieces, bits=1, words=(0, 0))
 
     def encode(self, x: torch.Tensor, bits: int, key: BlockKey) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode fp32 blocks ``[n, block_size]`` at 1 to 8 bits.
@@ -107,7 +108,7 @@ class Codec:
             x,
             block_words(step_words(key.seed, key.step), key.parameter, key.block),
             phase=1,
-            rotate=self._rotates,
+            rotates=self._rotates,
             rounding=self._rounding,
             cells=cells,
             levels=levels,
@@ -120,9 +121,7 @@ class Codec:
         x = levels[unpack(codes, bits).long()] * scales.float()[:, None]
         if self._rotates:
             words = block_words(step_words(key.seed, key.step), key.parameter, key.block)
-            x = torch_kernels.hadamard(x)
-            flips = torch_kernels.signs(words, self.block_size)
-            x = (x.view(torch.int32) ^ flips).view(torch.float32)
+            x = torch_kernels.rotate_back(x, words)
         return x
 
     def encode_pieces(
@@ -152,11 +151,11 @@ class Codec:
                 torch_kernels.encode_cast(flat, out, pieces, size=self.block_size, bits=bits)
             return
         cells, levels = self._table(bits, flat.device)
-        rotate = self._rotates and not rotated
+        rotates = self._rotates and not rotated
         if self._on_numba(flat):
             numba_kernels.encode(
                 *_arrays(flat, out, *_tables(pieces)),
-                *(self.block_size, bits, *words, phase, rotate, self._rounding, *_arrays(cells, levels)),
+                *(self.block_size, bits, *words, phase, rotates, self._rounding, *_arrays(cells, levels)),
             )
         else:
             torch_kernels.encode(
@@ -167,7 +166,7 @@ class Codec:
                 bits=bits,
                 words=words,
                 phase=phase,
-                rotate=rotate,
+                rotates=rotates,
                 rounding=self._rounding,
                 cells=cells,
                 levels=levels,
@@ -215,7 +214,7 @@ class Codec:
                 size=self.block_size,
                 bits=bits,
                 words=words,
-                rotate=self._rotates,
+                rotates=self._rotates,
                 levels=levels,
             )
 

@@ -49,12 +49,12 @@ def block_word(low, high, parameter, block):
 
 
 @compiled
-def apply_signs(x_bits, word):
+def apply_signs(x_bits, word, turn):
     """Flip the sign bits of ``x_bits`` (int32 view of fp32) at random: element ``i * n + j`` by bit i of word j of n."""
     num_words = max(1, len(x_bits) // 32)
     words = np.empty(num_words, np.int32)
     for j in range(num_words):
-        words[j] = np.int32(mix(word + j * 0x9E3779B9))
+        words[j] = np.int32(mix(word + (turn * num_words + j) * 0x9E3779B9))
     for i in range(len(x_bits) // num_words):
         for j in range(num_words):
             x_bits[i * num_words + j] ^= ((words[j] >> np.int32(i)) & np.int32(1)) << np.int32(31)
@@ -99,6 +99,24 @@ def hadamard(x, y):
     if not into_y:
         for i in range(len(x)):
             x[i] = y[i]
+
+
+@compiled
+def rotate(x, x_bits, scratch, word):
+    """Two turns of random signs and a Hadamard matrix, unscaled: lengths grow by ``len(x)``."""
+    apply_signs(x_bits, word, 0)
+    hadamard(x, scratch)
+    apply_signs(x_bits, word, 1)
+    hadamard(x, scratch)
+
+
+@compiled
+def rotate_back(x, x_bits, scratch, word):
+    """The transpose of ``rotate``, unscaled."""
+    hadamard(x, scratch)
+    apply_signs(x_bits, word, 1)
+    hadamard(x, scratch)
+    apply_signs(x_bits, word, 0)
 
 
 @compiled
@@ -195,7 +213,7 @@ def unpack(packed, bits, codes):
 @compiled
 def encode(
     flat, out, source, count, parameter, block, scale_at, codes_at,
-    size, bits, low, high, phase, rotate, rounding, cells, levels,
+    size, bits, low, high, phase, rotates, rounding, cells, levels,
 ):  # fmt: skip
     """Encode pieces of ``flat`` (fp32) into ``out`` (uint8). ``cells`` is empty for uniform levels."""
     x = np.empty(size, np.float32)
@@ -233,10 +251,9 @@ def encode(
                 x[i] = F0
         word = block_word(low, high, parameter[n], block[n])
         spread = F1
-        if rotate:
-            apply_signs(x_bits, word)
-            hadamard(x, products)
-            spread = np.float32(size)
+        if rotates:
+            rotate(x, x_bits, products, word)
+            spread = np.float32(size) * np.float32(size)
             down /= spread
         if lloyd_max:
             for i in range(size):
@@ -310,7 +327,7 @@ def add(message, rows, scale_at, codes_at, bits, levels):
 
 @compiled
 def decode(
-    message, flat, source, count, parameter, block, scale_at, codes_at, size, bits, low, high, rotate, levels,
+    message, flat, source, count, parameter, block, scale_at, codes_at, size, bits, low, high, rotates, levels,
 ):  # fmt: skip
     """Decode pieces of ``message`` into ``flat`` (fp32)."""
     x = np.empty(size, np.float32)
@@ -326,9 +343,8 @@ def decode(
         unpack(message[at : at + num_bytes], bits, codes)
         for i in range(size):
             x[i] = levels[codes[i]] * scale
-        if rotate:
-            hadamard(x, scratch)
-            apply_signs(x_bits, block_word(low, high, parameter[n], block[n]))
+        if rotates:
+            rotate_back(x, x_bits, scratch, block_word(low, high, parameter[n], block[n]))
         begin = source[n]
         for i in range(count[n]):
             flat[begin + i] = x[i]
@@ -340,17 +356,15 @@ def rotate_rows(rows, count, parameter, block, low, high, inverse):
     size = rows.shape[1]
     bits = rows.view(np.int32)
     scratch = np.empty(size, np.float32)
-    spread = F1 / np.float32(size)
+    spread = F1 / (np.float32(size) * np.float32(size))
     for n in range(len(rows)):
         word = block_word(low, high, parameter[n], block[n])
         if inverse:
-            hadamard(rows[n], scratch)
-            apply_signs(bits[n], word)
+            rotate_back(rows[n], bits[n], scratch, word)
             for i in range(count[n], size):
                 rows[n, i] = F0
         else:
-            apply_signs(bits[n], word)
-            hadamard(rows[n], scratch)
+            rotate(rows[n], bits[n], scratch, word)
             for i in range(size):
                 rows[n, i] *= spread
 

@@ -26,7 +26,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack uint8 codes ``[n, size]`` below ``2**bits`` into uint8 ``[n, size * bits / 8]``; 8 divides ``size``."""
     packed = []
     for shift, width in parts(bits):
-        split = ((codes >> shift) & (2**width - 1)).reshape(len(codes), 8 // width, -1)
+        split = ((codes >> shift) & (2**width - 1)).reshape(
+            len(codes), 8 // width, codes.shape[1] * width // 8
+        )
         merged = split[:, 0]
         for position in range(1, 8 // width):
             merged = merged | (split[:, position] << (position * width))

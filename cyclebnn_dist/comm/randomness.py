@@ -43,13 +43,13 @@ def random_words(per_block: torch.Tensor, counters: torch.Tensor) -> torch.Tenso
     return mix(per_block[:, None] + counters[None, :] * GOLDEN)
 
 
-def signs(per_block: torch.Tensor, size: int) -> torch.Tensor:
+def signs(per_block: torch.Tensor, size: int, *, turn: int) -> torch.Tensor:
     """Random signs as int32 ``[n, size]`` masks of the sign bit: 0 or the most negative int32.
 
-    Of ``w = size / 32`` words, bit ``i`` of word ``j`` is the sign of element ``i * w + j``.
+    ``turn`` 0 and 1 give independent signs. Of ``w = size / 32`` words, bit ``i`` of word ``j`` is the sign of element ``i * w + j``.
     """
     num_words = max(1, size // 32)
-    words = random_words(per_block, torch.arange(num_words, device=per_block.device))
+    words = random_words(per_block, torch.arange(num_words, device=per_block.device) + turn * num_words)
     shifts = torch.arange(size // num_words, device=per_block.device)
     bits = (words[:, None, :] >> shifts[:, None]) & 1
     return (bits.reshape(len(per_block), size) << 31).to(torch.int32)

@@ -30,7 +30,7 @@ def encode(
     bits: int,
     words: tuple[int, int],
     phase: int,
-    rotate: bool,
+    rotates: bool,
     rounding: int,
     cells: torch.Tensor,
     levels: torch.Tensor,
@@ -40,7 +40,7 @@ def encode(
         rows = _gather(flat, part.source, part.count, size)
         per_block = block_words(words, part.parameter, part.block)
         scales, codes = encode_rows(
-            rows, per_block, phase=phase, rotate=rotate, rounding=rounding, cells=cells, levels=levels
+            rows, per_block, phase=phase, rotates=rotates, rounding=rounding, cells=cells, levels=levels
         )
         _scatter_bytes(out, part.scale_at, scales[:, None].view(torch.uint8))
         _scatter_bytes(out, part.codes_at, pack(codes, bits))
@@ -51,7 +51,7 @@ def encode_rows(
     per_block: torch.Tensor,
     *,
     phase: int,
-    rotate: bool,
+    rotates: bool,
     rounding: int,
     cells: torch.Tensor,
     levels: torch.Tensor,
@@ -65,13 +65,15 @@ def encode_rows(
     down = (exponent << 23).view(torch.float32)
     x = torch.where(finite[:, None], rows * up[:, None], 0.0)
     spread = 1.0
-    if rotate:
-        x = hadamard(_flip(x, signs(per_block, size)))
-        spread = float(size)
+    if rotates:
+        x = rotate(x, per_block)
+        spread = float(size) ** 2
         down = down / spread
     if len(cells):
         energy = tree_sum(x * x)
-        inverse = torch.where(energy > 0, 1.0 / torch.sqrt(energy / size), 0.0)
+        # torch's fp32 square root is off by one unit in one case of six; rounding the fp64 one is exact.
+        rms = torch.sqrt((energy / size).double()).float()
+        inverse = torch.where(energy > 0, 1.0 / rms, 0.0)
         cell = (x * inverse[:, None]) * CELLS_PER_UNIT + NUM_CELLS / 2
         codes = cells[cell.clamp(0, NUM_CELLS - 1).to(torch.int64)]
         chosen = levels[codes.long()]
@@ -123,14 +125,14 @@ def decode(
     size: int,
     bits: int,
     words: tuple[int, int],
-    rotate: bool,
+    rotates: bool,
     levels: torch.Tensor,
 ) -> None:
     """Decode pieces of ``message`` into ``flat`` (fp32)."""
     for part in _chunks(pieces, size, flat.device):
         x = _decode_rows(message, part, size=size, bits=bits, levels=levels)
-        if rotate:
-            x = _flip(hadamard(x), signs(block_words(words, part.parameter, part.block), size))
+        if rotates:
+            x = rotate_back(x, block_words(words, part.parameter, part.block))
         _scatter(flat, part.source, part.count, x)
 
 
@@ -140,11 +142,11 @@ def rotate_rows(rows: torch.Tensor, pieces: Pieces, *, words: tuple[int, int], i
     done = 0
     for part in _chunks(pieces, size, rows.device):
         x = rows[done : done + len(part)]
-        flips = signs(block_words(words, part.parameter, part.block), size)
+        per_block = block_words(words, part.parameter, part.block)
         if inverse:
-            x.copy_(torch.where(_present(part.count, size), _flip(hadamard(x), flips), 0.0))
+            x.copy_(torch.where(_present(part.count, size), rotate_back(x, per_block), 0.0))
         else:
-            x.copy_(hadamard(_flip(x, flips)) * (1.0 / size))
+            x.copy_(rotate(x, per_block) * (1.0 / size**2))
         done += len(part)
 
 
@@ -169,12 +171,26 @@ def decode_cast(message: torch.Tensor, flat: torch.Tensor, pieces: Pieces, *, si
         _scatter(flat, part.source, part.count, _read_cast(message, part, size, bits))
 
 
+def rotate(rows: torch.Tensor, per_block: torch.Tensor) -> torch.Tensor:
+    """Two turns of random signs and a Hadamard matrix, unscaled: lengths grow by ``size``."""
+    for turn in (0, 1):
+        rows = hadamard(_flip(rows, signs(per_block, rows.shape[1], turn=turn)))
+    return rows
+
+
+def rotate_back(rows: torch.Tensor, per_block: torch.Tensor) -> torch.Tensor:
+    """The transpose of ``rotate``, unscaled."""
+    for turn in (1, 0):
+        rows = _flip(hadamard(rows), signs(per_block, rows.shape[1], turn=turn))
+    return rows
+
+
 def hadamard(rows: torch.Tensor) -> torch.Tensor:
     """Rows ``[n, size]`` times the Hadamard matrix; strides halve from ``size / 2`` to 1."""
     count, size = rows.shape
     stride = size // 2
     while stride:
-        pairs = rows.reshape(count, -1, 2, stride)
+        pairs = rows.reshape(count, size // (2 * stride), 2, stride)
         first, second = pairs[:, :, 0], pairs[:, :, 1]
         rows = torch.stack((first + second, first - second), dim=2).reshape(count, size)
         stride //= 2

@@ -2,8 +2,10 @@
 
 Ten classes: five shapes, each striped or checked. Hues, scale, place, rotation, texture period and phase,
 lighting, noise and clutter are random, so a class is told neither by colour nor by place, and a linear model
-on the pixels fails (30 % right). Shapes turn by up to 20 degrees and are brighter than what surrounds them,
-which keeps the set learnable in a few hundred steps. Image ``i`` of a split is a pure function of (seed, split, i), whatever the number of workers.
+on the pixels gets fewer than half of the images right. Shapes lie or stand, give or take 20 degrees, and are
+brighter than what surrounds them, which keeps the set learnable in a few hundred steps.
+
+Image ``i`` of a split is a pure function of (seed, split, i), whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from cyclebnn_dist.config import RecipeError
 
 log = logging.getLogger(__name__)
 
-SHAPES = ("cross", "disc", "ring", "square", "triangle")
+SHAPES = ("bar", "cross", "disc", "ring", "triangle")
 TEXTURES = ("checked", "striped")
 CLASSES = tuple(sorted(f"{texture}_{shape}" for texture in TEXTURES for shape in SHAPES))
 MARKER = "sample_data.json"
@@ -37,7 +39,7 @@ _TURN = np.pi / 9
 def generate_sample(
     path: str | Path,
     *,
-    num_train: int = 4000,
+    num_train: int = 6000,
     num_val: int = 1000,
     image_size: int = 72,
     seed: int = 0,
@@ -163,9 +165,10 @@ def draw_image(split: str, index: int, *, image_size: int, seed: int) -> np.ndar
 
     scale = random.uniform(0.6, 0.85)
     room = 1 - scale
-    u, v = _frame(x, y, random.uniform(-room, room, size=2), random.uniform(-_TURN, _TURN), scale)
+    angle = random.uniform(-_TURN, _TURN) + np.pi / 2 * random.integers(2)
+    u, v = _frame(x, y, random.uniform(-room, room, size=2), angle, scale)
     cover = np.clip(0.5 - _DISTANCES[shape](u, v) * scale / pixel, 0, 1)[..., None]
-    period = random.uniform(0.45, 0.65)
+    period = random.uniform(0.38, 0.55)
     phase = random.uniform(0, 2 * np.pi, size=2)
     wave = np.sin(2 * np.pi * u / period + phase[0])
     if texture == "checked":
@@ -214,9 +217,9 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 _DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "bar": lambda u, v: np.maximum(np.abs(u) - 0.95, np.abs(v) - 0.38),
     "cross": _cross,
     "disc": lambda u, v: np.hypot(u, v) - 0.85,
-    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.7) - 0.22,
-    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.68) - 0.25,
     "triangle": _triangle,
 }

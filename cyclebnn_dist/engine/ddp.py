@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -48,14 +49,17 @@ class DDPEngine:
         self._autocast_dtype = AUTOCAST_DTYPE.get(amp)
         self._scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self._finite = True
-        self._wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=config.bucket_mb,
-            find_unused_parameters=config.find_unused_parameters,
-        )
+        with warnings.catch_warnings():
+            # Torch 2.13 renames the flag, to one that 2.11 does not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            self._wrapped = DistributedDataParallel(
+                model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                bucket_cap_mb=config.bucket_mb,
+                find_unused_parameters=config.find_unused_parameters,
+            )
         register_hook(self._wrapped, reducer)
 
     def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:

@@ -44,7 +44,9 @@ class WandbRun:
             "name": run_dir.name,
             "dir": str(run_dir),
             "config": recipe,
-            "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_SECONDS, console="off", disable_git=True),
+            "settings": wandb.Settings(
+                init_timeout=INIT_TIMEOUT_SECONDS, console="off", disable_git=True, silent=True
+            ),
         }
         try:
             self._run = wandb.init(mode=mode, **arguments)
@@ -77,4 +79,4 @@ def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
         mode = os.environ.get("WANDB_MODE", "")
     if mode in ("online", "offline", "disabled"):
         return mode  # type: ignore[return-value]
-    return "online" if wandb.api.api_key else "offline"
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"

@@ -153,9 +153,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sourc
         )
     if other_classes:
         log.warning("%s was trained on other classes: the classifier starts anew", source)
-    fresh = [key for key in own if _of_binarizer(key) and key not in weights]
-    if fresh and _is_binary(weights):
-        log.warning("%s is of another binarization method: %d tensors start anew", source, len(fresh))
+    if _is_binary(weights) and set(filter(_of_binarizer, weights)) != set(filter(_of_binarizer, own)):
+        log.warning(
+            "%s is of another binarization method: what that learned beside the weights is left out", source
+        )
     model.load_state_dict(fitting, strict=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from cyclebnn_dist.binary import count
@@ -12,8 +12,8 @@ from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.models.build import build_model
 from cyclebnn_dist.precision import build_schedule, training_saving
 
-SCHEDULE_STEPS_PER_EPOCH = 1000
-"""The images are not looked at, so the schedule is averaged over epochs of this many steps."""
+SCHEDULE_STEPS = 20_000
+"""The images are not looked at: the schedule is averaged over a run of this many steps."""
 
 
 def summarize_recipe(recipe: Recipe, *, as_json: bool = False) -> str:
@@ -30,18 +30,14 @@ def summarize_recipe(recipe: Recipe, *, as_json: bool = False) -> str:
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Layers, operations, parameters, sizes and training saving of the recipe's model, as plain values."""
-    from dataclasses import replace
-
     side = recipe.data.image_size
     model, swap = build_model(
         replace(recipe.model, pretrained=False, weights=""), recipe.binary, image_size=side
     )
     counts = count(model, input_size=(3, side, side))
-    total_steps = max(1, round(recipe.train.epochs * SCHEDULE_STEPS_PER_EPOCH))
-    schedule = build_schedule(
-        recipe.precision, total_steps=total_steps, steps_per_epoch=SCHEDULE_STEPS_PER_EPOCH
-    )
-    saving = training_saving(counts, Counter(map(schedule.at, range(total_steps))))
+    steps_per_epoch = max(1, round(SCHEDULE_STEPS / recipe.train.epochs))
+    schedule = build_schedule(recipe.precision, total_steps=SCHEDULE_STEPS, steps_per_epoch=steps_per_epoch)
+    saving = training_saving(counts, Counter(map(schedule.at, range(SCHEDULE_STEPS))))
     layers = []
     for row, layer in zip(swap.rows, counts.layers, strict=True):
         assert row.name == layer.name

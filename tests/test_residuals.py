@@ -1,0 +1,113 @@
+"""Without these, error feedback would lose gradient, be poisoned by one bad step, or be forgotten by a checkpoint."""
+
+import pytest
+import torch
+
+from cyclebnn_dist.comm import build_reducer
+from cyclebnn_dist.config.recipe import CommConfig
+
+CPU = torch.device("cpu")
+SHAPES = {"conv": (40, 27), "bias": (40,), "odd": (37, 53)}
+WIDE = ("conv", "odd")
+BITS = [2, 5, 1, 8, 16, 3, 32, 2]
+
+
+def gradients_of(rank, step):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def make_reducer(rank, n):
+    named = [(name, torch.empty(shape)) for name, shape in SHAPES.items()]
+    comm = CommConfig(block_size=64, error_feedback=True)
+    return build_reducer(comm, named, rank=rank, world_size=n, seed=9, device=CPU)
+
+
+def reduced(reducer, tensors, groups=(tuple(SHAPES),), *, step, bits, loss_scale=1.0):
+    reducer.begin_step(step, bits, loss_scale=loss_scale)
+    for names in groups:
+        reducer.reduce({name: tensors[name] for name in names}, step=step, bits=bits).wait()
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def repeat_one_gradient(rank, n, steps, bits):
+    reducer = make_reducer(rank, n)
+    results = [reduced(reducer, gradients_of(rank, 0), step=step, bits=bits) for step in range(steps)]
+    reducer.close()
+    return results
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_what_one_step_loses_arrives_in_later_ones(ranks, bits):
+    n, steps = 2, 24
+    results = ranks(n, repeat_one_gradient, steps, bits)[0]
+    for name in WIDE:
+        mean = sum(gradients_of(rank, 0)[name] for rank in range(n)) / n
+
+        def error(found, mean=mean):
+            return float((found - mean).square().sum() / mean.square().sum())
+
+        single = error(results[0][name])
+        average = error(sum(result[name] for result in results) / steps)
+        assert average < single / steps, (
+            "without feedback it would be about single / steps for independent errors"
+        )
+
+
+def keep_feedback_over(rank, n, kind):
+    """Results and final residuals of an undisturbed run and of one that is cut, saved, scaled or restored."""
+    runs = []
+    for disturbed in (False, True):
+        reducer = make_reducer(rank, n)
+        results = []
+        for step, bits in enumerate(BITS):
+            scale = 1024.0 if disturbed and kind == "loss scale" and step % 2 else 1.0
+            groups = (("odd",), ("bias", "conv")) if disturbed and kind == "buckets" else (tuple(SHAPES),)
+            tensors = {name: g * scale for name, g in gradients_of(rank, step).items()}
+            result = reduced(reducer, tensors, groups, step=step, bits=bits, loss_scale=scale)
+            results.append({name: g / scale for name, g in result.items()})
+            if disturbed and kind == "restart" and step == 3:
+                state = reducer.state_dict()
+                reducer.close()
+                reducer = make_reducer(rank, n)
+                reducer.load_state_dict(state)
+            if disturbed and kind == "saving":
+                reducer.state_dict()
+            if disturbed and kind == "bad step" and step == 3:
+                bad = gradients_of(rank, 50)
+                if rank == 0:
+                    bad["odd"][3, 3] = float("nan")
+                reduced(reducer, bad, (("conv",), ("odd", "bias")), step=50, bits=2)
+        runs.append((results, reducer.state_dict()["residuals"]))
+        reducer.close()
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["loss scale", "buckets", "restart", "saving", "bad step"])
+def test_residuals_survive(ranks, kind):
+    for (reference, residuals), (results, disturbed) in ranks(3, keep_feedback_over, kind):
+        for expected, found in zip(reference, results, strict=True):
+            for name in SHAPES:
+                assert torch.equal(expected[name], found[name])
+        for phase in ("gradient", "mean"):
+            assert list(residuals[phase]) == list(WIDE)
+            for name in WIDE:
+                assert torch.equal(residuals[phase][name], disturbed[phase][name])
+                assert bool(torch.isfinite(disturbed[phase][name]).all())
+        assert float(residuals["gradient"]["odd"].abs().max()) > 0
+
+
+def restore_of_other_ranks(rank, n):
+    reducer = make_reducer(rank, n)
+    state = reducer.state_dict()
+    state["residuals"]["mean"]["odd"] = torch.zeros(5)
+    try:
+        reducer.load_state_dict(state)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        reducer.close()
+
+
+def test_residuals_of_another_number_of_ranks_are_refused(ranks):
+    assert "residual of odd (mean) has 5 elements" in ranks(2, restore_of_other_ranks)[0]
