@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cyclebnn_dist.config import RecipeError, load_recipe
 
-REFUSED = 2
+FAILED, REFUSED = 1, 2
 OVERRIDES = "recipe keys to change, e.g. optim.lr=3e-4 precision.communication.low=2"
 
 
@@ -21,8 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(options)
     except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if (
+            os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+        ):  # every rank meets the same error
+            print(f"error: {error}", file=sys.stderr)
         return REFUSED
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -149,7 +156,7 @@ def _summary(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     from cyclebnn_dist.config.reference import render_reference
 
-    print(render_reference("markdown" if options.markdown else "text"))
+    print(render_reference("markdown" if options.markdown else "text"), end="")
     return 0
 
 

@@ -69,12 +69,14 @@ def restore(run: Run, folder: Path) -> None:
             if run.world.is_main:
                 log.warning(
                     "%s was written by %d ranks, this run has %d: normalization statistics are their average, "
-                    "residuals of the all-reduce start from zero, and this epoch's images are dealt out anew",
+                    "residuals of the all-reduce start from zero",
                     folder.name,
                     meta["world_size"],
                     run.world.size,
                 )
-            run.train_loader.load_state_dict(read_own(folder, rank=0)["data"])
+            first = read_own(folder, rank=0)
+            run.train_loader.load_state_dict(first["data"])
+            run.reducer.counters.load_state_dict(first["reducer"]["counters"])
         run.step = run.saved_step = meta["step"]
 
     all_succeed(run.world, load, what=f"loading checkpoint {folder}")

@@ -51,7 +51,7 @@ def main(recipe: Recipe) -> int:
     set_determinism(recipe.run.deterministic)
     world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
     try:
-        status = _train(recipe, world)
+        status = run_recipe(recipe, world)
     except (RuntimeError, OSError) as error:
         if world.size == 1:
             raise
@@ -63,7 +63,8 @@ def main(recipe: Recipe) -> int:
     return status
 
 
-def _train(recipe: Recipe, world: World) -> int:
+def run_recipe(recipe: Recipe, world: World) -> int:
+    """Collective: every rank calls this. ``main`` within process groups that exist already."""
     run_dir = Path(recipe.run.dir)
     finished = on_main(world, lambda: inspect_run_folder(run_dir, recipe))
     if finished:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError("python -m launch", HOW, "see python -m launch --help")
         return _launch(arguments)
     except RecipeError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -158,7 +158,7 @@ def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
     if outcome.status == REFUSED:
         _forget(folder, existed)
     if outcome.message:
-        print(outcome.message, file=sys.stderr)
+        print(f"error: {outcome.message}", file=sys.stderr)
     return outcome.status
 
 

@@ -57,8 +57,8 @@ class ModelConfig:
 class BinaryConfig:
     """Which layers become binary, and by which published method."""
 
-    method: Literal["none", "bnn", "bireal", "cyclebnn"] = "cyclebnn"
-    """Binarization method; none leaves the model real-valued."""
+    method: Literal["none", "bnn", "bireal", "bireal_released", "cyclebnn", "cyclebnn_released"] = "cyclebnn"
+    """Binarization method; none leaves the model real-valued; *_released is what the authors' code does instead."""
     activation: Literal["keep", "hardtanh", "prelu", "identity"] = "hardtanh"
     """What replaces ReLU-like activations: behind a ReLU every sign would be +1, so keep is rarely right."""
     keep_stem: bool = True

@@ -1,0 +1,219 @@
+"""Runs in live ranks. Without these a recipe would train something else than it says, or a restart would change it."""
+
+import json
+import signal
+
+import pytest
+import torch
+from launching import TINY_RECIPE
+from safetensors.torch import load_file
+from worlds import make_world
+
+from cyclebnn_dist import evaluate, train
+from cyclebnn_dist.config import RecipeError, load_recipe
+from cyclebnn_dist.data.sample import generate_sample
+from cyclebnn_dist.engine import DDPEngine
+from cyclebnn_dist.metrics import read_journal
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "tiny"
+    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path, data):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=data))
+    return path
+
+
+def run(rank, size, path, overrides):
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        return train.run_recipe(
+            load_recipe(path, [*overrides, "wandb.mode=disabled"]), make_world(rank, size)
+        )
+    except RecipeError as error:
+        return f"{error.key}: {error.problem}"
+
+
+def newest(run_dir):
+    return max((run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("mode", ["quantized", "bf16", "fp32"])
+def test_parameters_are_bit_identical_on_all_ranks_and_bytes_are_those_of_the_mode(ranks, recipe_file, mode):
+    """comm.check_every=1 compares the bytes of all parameters after every step and raises where they differ."""
+    overrides = [f"comm.mode={mode}", "train.epochs=1", "comm.error_feedback=false"]
+    assert ranks(3, run, recipe_file, [*overrides, "train.global_batch_size=15"]) == [0, 0, 0]
+    summary = json.loads((recipe_file.parent / "run" / "summary.json").read_text())
+    ratio = summary["fp32_bytes"] / summary["sent_bytes"]
+    expected = {"quantized": (5.0, 12.0), "bf16": (1.8, 2.0), "fp32": (0.9, 1.0)}[mode]
+    assert expected[0] < ratio < expected[1]
+    assert summary["bits"]["communication"]["max"] == {"quantized": 8, "bf16": 16, "fp32": 32}[mode]
+
+
+def test_another_number_of_ranks_goes_on_from_the_same_weights(ranks, recipe_file):
+    assert ranks(2, run, recipe_file, ["train.epochs=1"]) == [0, 0]
+    run_dir = recipe_file.parent / "run"
+    before = load_file(newest(run_dir) / "model.safetensors")
+    longer = ["train.epochs=1.2", "run.extend_epochs=true", "optim.lr=1e-3"]
+    assert ranks(1, run, recipe_file, longer) == [0]
+    rows = read_journal(run_dir)
+    assert [(r["step"], r["ranks"]) for r in rows if r["event"] == "start"] == [(0, 2), (5, 1)]
+    after = load_file(newest(run_dir) / "model.safetensors")
+    moved = [
+        (after[name] - before[name]).abs().max().item() for name in before if name.endswith("conv1.weight")
+    ]
+    assert 0 < max(moved) < 0.05, "one more step at the end of the schedule moves weights a little"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["sent_bytes"] > 0
+
+
+def test_a_longer_run_needs_the_flag_that_says_so(ranks, recipe_file):
+    assert ranks(1, run, recipe_file, ["train.epochs=0.2"]) == [0]
+    (answer,) = ranks(1, run, recipe_file, ["train.epochs=0.4"])
+    assert "train.epochs" in answer
+    assert "0.2 -> 0.4" in answer
+
+
+def stop_at(rank, size, path, step):
+    """Signal rank 1 in the middle of training step ``step``, as a cluster would; return status and result folder."""
+    backward = DDPEngine.backward
+    calls = []
+
+    def counted(self, loss):
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == step and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    DDPEngine.backward = counted
+    try:
+        return run(rank, size, path, [])
+    finally:
+        DDPEngine.backward = backward
+
+
+def test_a_signal_to_one_rank_saves_all_and_the_next_start_equals_the_undisturbed_run(ranks, recipe_file):
+    undisturbed = recipe_file.parent / "undisturbed"
+    assert ranks(2, run, recipe_file, [f"run.dir={undisturbed}"]) == [0, 0]
+    assert ranks(2, stop_at, recipe_file, 3) == [train.PREEMPTED, train.PREEMPTED]
+    stopped = recipe_file.parent / "run"
+    assert not (stopped / "summary.json").exists()
+    assert newest(stopped).name == "step_000000004", "agreed at the step after the signal"
+    assert ranks(2, run, recipe_file, []) == [0, 0]
+    for name in ("model", "ema", "shared", "rank_0", "rank_1"):
+        expected = load_file(newest(undisturbed) / f"{name}.safetensors")
+        found = load_file(newest(stopped) / f"{name}.safetensors")
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name
+
+
+def test_saving_and_evaluating_more_often_does_not_change_the_run(ranks, recipe_file):
+    often, seldom = recipe_file.parent / "often", recipe_file.parent / "seldom"
+    assert ranks(2, run, recipe_file, [f"run.dir={often}", "eval.every_epochs=0.2"]) == [0, 0]
+    assert ranks(2, run, recipe_file, [f"run.dir={seldom}", "run.save_every=100", "eval.every_epochs=9"]) == [
+        0,
+        0,
+    ]
+    for name in ("model", "ema", "rank_0", "rank_1"):
+        expected = load_file(newest(often) / f"{name}.safetensors")
+        found = load_file(newest(seldom) / f"{name}.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name
+
+
+def test_accumulated_passes_give_the_gradient_of_the_whole_batch(ranks, recipe_file):
+    """A float model normalized per image, whose gradient is the mean over images however they are cut."""
+    kwargs = "model.kwargs={channels: [8, 8, 8, 8], norm_layer: layernorm2d}"
+    common = [
+        "binary.method=none",
+        kwargs,
+        "train.epochs=0.2",
+        "comm.mode=fp32",
+        "train.ema_decay=0",
+        "optim.name=sgd",
+    ]
+    whole, cut = recipe_file.parent / "whole", recipe_file.parent / "cut"
+    assert ranks(1, run, recipe_file, [*common, f"run.dir={whole}"]) == [0]
+    assert ranks(2, run, recipe_file, [*common, f"run.dir={cut}", "train.accumulation=4"]) == [0, 0]
+    expected, found = (load_file(newest(d) / "model.safetensors") for d in (whole, cut))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def evaluated(rank, size, path, overrides):
+    recipe = load_recipe(path)
+    return evaluate.evaluate_checkpoint(
+        path.parent / "run", make_world(rank, size), overrides=overrides
+    ), recipe
+
+
+def test_evaluating_the_checkpoint_gives_what_training_reported(ranks, recipe_file):
+    assert ranks(2, run, recipe_file, []) == [0, 0]
+    summary = json.loads((recipe_file.parent / "run" / "summary.json").read_text())
+    for size in (1, 3):
+        results = [result for result, _ in ranks(size, evaluated, recipe_file, [])]
+        for result in results:
+            assert result["images"] == 30
+            assert result["forward_bits"] == 6
+            for name in ("top1", "top5", "ema_top1"):
+                assert result[name] == summary[f"eval_{name}"], name
+
+
+def refused(rank, size, path, overrides):
+    return run(rank, size, path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["train.amp=fp16"], "train.amp"),
+        (["model.sync_bn=true"], "model.sync_bn"),
+        (["model.num_classes=11"], "model.num_classes"),
+        (["train.global_batch_size=17"], "train.global_batch_size"),
+        (["train.global_batch_size=800"], "train.global_batch_size"),
+        (["model.name=resnet19"], "model.name"),
+        (["data.path=/nowhere"], "data.path"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_every_rank_and_leaves_nothing(ranks, recipe_file, overrides, key):
+    answers = ranks(2, refused, recipe_file, overrides)
+    assert all(str(answer).startswith(f"{key}: ") for answer in answers), answers
+    assert not (recipe_file.parent / "run").exists()
+
+
+def test_a_folder_that_is_no_runs_is_left_alone(ranks, recipe_file):
+    folder = recipe_file.parent / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    (answer,) = ranks(1, run, recipe_file, [])
+    assert "thesis.tex" in answer
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
+
+
+def diverge(rank, size, path):
+    step = DDPEngine.clip
+
+    def poisoned(self, max_norm):
+        norm = step(self, max_norm)
+        self._finite = False
+        return norm
+
+    DDPEngine.clip = poisoned
+    try:
+        return run(rank, size, path, ["train.max_skipped_steps=3"])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        DDPEngine.clip = step
+
+
+def test_gradients_that_stay_non_finite_end_the_run_with_the_steps_named(ranks, recipe_file):
+    for message in ranks(2, diverge, recipe_file):
+        assert "non-finite gradients in 3 steps in a row, 0 to 2" in message
