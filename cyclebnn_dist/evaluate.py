@@ -1,21 +1,72 @@
-"""Evaluation of a checkpoint, at the forward width stored in it."""
+"""Evaluation: the accuracy of a model on all validation images, and of a checkpoint at the width stored in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from cyclebnn_dist import loop
+from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.buffers import averaged_buffers, using_buffers
 from cyclebnn_dist.checkpoint import complete_checkpoints, missing_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
 from cyclebnn_dist.data import EvalLoader, scan_folder
+from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.models import build_model
-from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
+from cyclebnn_dist.world import (
+    World,
+    discover_world,
+    join_world,
+    leave_world,
+    mean_in_rank_order,
+    on_main,
+    sum_over_ranks,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy in percent and mean loss over all validation images."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: EvalLoader, *, world: World, forward_bits: int, amp: str
+) -> Evaluation:
+    """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
+
+    The model, its buffers and its mode are afterwards as before.
+    """
+    dtype = AUTOCAST_DTYPE.get(amp)
+    counts = torch.zeros(3, dtype=torch.int64)
+    loss_sum = torch.zeros(1, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    set_widths(model, forward_bits=forward_bits, backward_bits=32)
+    with using_buffers(model, averaged_buffers(model, world=world)):
+        for batch in loader:
+            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
+                logits = model(batch.images)
+            logits = logits.float()
+            loss_sum += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == batch.labels[:, None]
+            counts += torch.tensor([hits[:, 0].sum(), hits.any(dim=1).sum(), len(batch.labels)])
+    model.train(was_training)
+    top1, top5, images = sum_over_ranks(world, counts).tolist()
+    loss = mean_in_rank_order(world, loss_sum).item() * world.size / images
+    return Evaluation(top1=100.0 * top1 / images, top5=100.0 * top5 / images, loss=loss, images=images)
 
 
 def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -66,7 +117,7 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
         if not (folder / file).exists():
             continue
         model.load_state_dict(load_file(str(folder / file)))
-        found = loop.evaluate(model, loader, world=world, forward_bits=forward_bits, amp=recipe.train.amp)
+        found = evaluate(model, loader, world=world, forward_bits=forward_bits, amp=recipe.train.amp)
         result |= {f"{prefix}top1": found.top1, f"{prefix}top5": found.top5, f"{prefix}loss": found.loss}
     loader.close()
     return result

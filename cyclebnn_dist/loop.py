@@ -6,68 +6,21 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from cyclebnn_dist import resume
-from cyclebnn_dist.agreement import Agreement, compare_parameters, digest
+from cyclebnn_dist.agreement import compare_parameters, digest
 from cyclebnn_dist.binary import set_widths
-from cyclebnn_dist.buffers import averaged_buffers, using_buffers
-from cyclebnn_dist.comm import Reducer
-from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.data import EvalLoader, TrainLoader
-from cyclebnn_dist.engine import Engine
-from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
-from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.optimizer import learning_rate
-from cyclebnn_dist.precision.schedule import Schedule, Widths
-from cyclebnn_dist.preempt import PreemptionFlag
-from cyclebnn_dist.timm_import import timm
-from cyclebnn_dist.world import World, mean_in_rank_order, sum_over_ranks
+from cyclebnn_dist.precision.schedule import Widths
+from cyclebnn_dist.run import Run
+from cyclebnn_dist.world import mean_in_rank_order
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """The parts of a run on one rank, and how far it has come."""
-
-    recipe: Recipe
-    run_dir: Path
-    world: World
-    model: nn.Module
-    ema: timm.utils.ModelEmaV3 | None
-    engine: Engine
-    reducer: Reducer
-    schedule: Schedule
-    agreement: Agreement
-    train_loader: TrainLoader
-    eval_loader: EvalLoader
-    totals: Totals
-    journal: Journal | None
-    console: Console
-    wandb: WandbRun
-    preemption: PreemptionFlag
-    total_steps: int
-    steps_per_epoch: int
-    eval_forward_bits: int
-    step: int = 0
-    """Finished optimizer steps, skipped ones included."""
-    saved_step: int = -1
-    """Step of the newest checkpoint."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy in percent and mean loss over all validation images."""
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
 
 
 @dataclass(frozen=True)
@@ -209,7 +162,7 @@ class Window:
             "skipped_steps": run.totals.skipped_steps,
             "epoch": run.step / run.steps_per_epoch,
         }
-        write_row(run, "train", row)
+        run.write_row("train", row)
         run.console.progress(
             run.step,
             loss=loss,
@@ -237,46 +190,9 @@ def evaluate_and_log(run: Run) -> None:
     run.totals.eval_seconds += time.perf_counter() - begun
     run.totals.evaluation = {**row, "images": result.images, "step": run.step}
     run.totals.best_top1 = max(run.totals.best_top1, row["top1"])
-    write_row(run, "eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
+    run.write_row("eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
     told = "; ".join(
         f"{'averaged weights ' if prefix else ''}top-1 {row[prefix + 'top1']:.2f} %, loss {row[prefix + 'loss']:.4f}"
         for prefix in models
     )
     log.info("evaluation at step %d, forward %d bits: %s", run.step, run.eval_forward_bits, told)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: EvalLoader, *, world: World, forward_bits: int, amp: str
-) -> Evaluation:
-    """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
-
-    The model, its buffers and its mode are afterwards as before.
-    """
-    dtype = AUTOCAST_DTYPE.get(amp)
-    counts = torch.zeros(3, dtype=torch.int64)
-    loss_sum = torch.zeros(1, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    set_widths(model, forward_bits=forward_bits, backward_bits=32)
-    with using_buffers(model, averaged_buffers(model, world=world)):
-        for batch in loader:
-            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
-                logits = model(batch.images)
-            logits = logits.float()
-            loss_sum += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = best == batch.labels[:, None]
-            counts += torch.tensor([hits[:, 0].sum(), hits.any(dim=1).sum(), len(batch.labels)])
-    model.train(was_training)
-    top1, top5, images = sum_over_ranks(world, counts).tolist()
-    loss = mean_in_rank_order(world, loss_sum).item() * world.size / images
-    return Evaluation(top1=100.0 * top1 / images, top5=100.0 * top5 / images, loss=loss, images=images)
-
-
-def write_row(run: Run, kind: Literal["train", "eval"], row: dict[str, float]) -> None:
-    """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 only has them)."""
-    if run.journal is None:
-        return
-    run.journal.write({"event": kind, "step": run.step, **row})
-    run.wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=run.step)

@@ -6,14 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cyclebnn_dist.binary import count
 from cyclebnn_dist.precision.cost import training_saving
+from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import SUMMARY_JSON, SUMMARY_TEXT
-
-if TYPE_CHECKING:
-    from cyclebnn_dist.loop import Run
 
 
 def write_summary(run: Run) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 
 from cyclebnn_dist.buffers import averaged_buffers, load_buffers, model_state, persistent_buffers
 from cyclebnn_dist.checkpoint import Snapshot, read_meta, read_own, read_shared, save_checkpoint
+from cyclebnn_dist.run import Run
 from cyclebnn_dist.world import all_succeed
-
-if TYPE_CHECKING:
-    from cyclebnn_dist.loop import Run
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision.schedule import build_schedule
 from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.report import write_summary
+from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import check_run_folder, claim_run_folder, finished_summary
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
@@ -99,7 +100,7 @@ def scan_images(recipe: Recipe) -> tuple[ImageList, ImageList]:
     return train, val
 
 
-def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[ImageList, ImageList]) -> loop.Run:
+def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[ImageList, ImageList]) -> Run:
     """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built."""
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
@@ -149,7 +150,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
 
     life = on_main(world, lambda: claim_run_folder(run_dir, recipe, swap_report.render()))
-    return loop.Run(
+    return Run(
         recipe=recipe,
         run_dir=run_dir,
         world=world,
@@ -196,7 +197,7 @@ def set_determinism(deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def announce(run: loop.Run) -> None:
+def announce(run: Run) -> None:
     """Say where the run starts and on what."""
     where = "starting" if run.step == 0 else f"resuming from the checkpoint of step {run.step}"
     log.info(
@@ -213,7 +214,7 @@ def announce(run: loop.Run) -> None:
         run.journal.write({"event": "start", "step": run.step, "ranks": run.world.size})
 
 
-def leave_preempted(run: loop.Run) -> int:
+def leave_preempted(run: Run) -> int:
     """Collective: every rank calls this. After the checkpoint: let submitit requeue the job, where it listens."""
     log.warning("stopped at step %d of %d with a checkpoint; start again to go on", run.step, run.total_steps)
     run.wandb.mark_preempting()
@@ -222,7 +223,7 @@ def leave_preempted(run: loop.Run) -> int:
     return PREEMPTED
 
 
-def close(run: loop.Run, *, finish_wandb: bool = True) -> None:
+def close(run: Run, *, finish_wandb: bool = True) -> None:
     """Release what the run holds on this rank."""
     run.console.close()
     run.train_loader.close()

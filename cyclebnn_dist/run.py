@@ -1,0 +1,55 @@
+"""The run: its parts on one rank, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from cyclebnn_dist.agreement import Agreement
+from cyclebnn_dist.comm import Reducer
+from cyclebnn_dist.config import Recipe
+from cyclebnn_dist.data import EvalLoader, TrainLoader
+from cyclebnn_dist.engine import Engine
+from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.precision.schedule import Schedule
+from cyclebnn_dist.preempt import PreemptionFlag
+from cyclebnn_dist.timm_import import timm
+from cyclebnn_dist.world import World
+
+
+@dataclass
+class Run:
+    """The parts of a run on one rank, and how far it has come."""
+
+    recipe: Recipe
+    run_dir: Path
+    world: World
+    model: nn.Module
+    ema: timm.utils.ModelEmaV3 | None
+    engine: Engine
+    reducer: Reducer
+    schedule: Schedule
+    agreement: Agreement
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    totals: Totals
+    journal: Journal | None
+    console: Console
+    wandb: WandbRun
+    preemption: PreemptionFlag
+    total_steps: int
+    steps_per_epoch: int
+    eval_forward_bits: int
+    step: int = 0
+    """Finished optimizer steps, skipped ones included."""
+    saved_step: int = -1
+    """Step of the newest checkpoint."""
+
+    def write_row(self, kind: Literal["train", "eval"], row: dict[str, float]) -> None:
+        """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 has them)."""
+        if self.journal is not None:
+            self.journal.write({"event": kind, "step": self.step, **row})
+            self.wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=self.step)

@@ -1,0 +1,124 @@
+"""The commands as a user types them. Without these a documented line would end in a traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launching import ROOT, TINY_RECIPE
+
+from cyclebnn_dist.__main__ import main
+from cyclebnn_dist.data.sample import generate_sample
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("main")
+    generate_sample(folder / "data", num_train=80, num_val=30, image_size=40, seed=0)
+    path = folder / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(run_dir=folder / "run", data=folder / "data"))
+    return path
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["evaluate"], ["summary"], ["config"], ["data"], ["data", "sample"]]
+)
+def test_help_is_everywhere_with_examples(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: cyclebnn" in text
+    assert not words or "examples:\n  " in text
+
+
+def test_summary_prints_one_object_that_follows_overrides(recipe, capsys):
+    assert main(["summary", str(recipe), "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert main(["summary", str(recipe), "model.name=resnet34", "binary.method=bireal", "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    keys = {"bops", "flops", "ops", "params", "binary_params", "size_bits", "training_saving", "layers"}
+    assert keys <= first.keys()
+    assert len(second["layers"]) > len(first["layers"])
+    assert (first["method"], second["method"]) == ("cyclebnn", "bireal")
+
+
+def test_config_lists_every_section(capsys):
+    assert main(["config"]) == 0
+    text = capsys.readouterr().out
+    assert "precision.communication.cycles" in text
+    assert "engine.name" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml"),
+        (["evaluate", "/nowhere"], "no complete checkpoint"),
+        (["summary", "{recipe}", "optim.lrr=1"], "did you mean optim.lr?"),
+    ],
+)
+def test_what_is_refused_is_told_in_a_few_lines(recipe, capsys, arguments, words):
+    assert main([argument.format(recipe=recipe) for argument in arguments]) == 2
+    text = capsys.readouterr().err
+    assert words in text
+    assert len(text.splitlines()) <= 4
+
+
+def test_torchrun_trains_and_the_result_can_be_evaluated_and_started_from(recipe):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    trained = subprocess.run(
+        [
+            *torchrun,
+            "-m",
+            "cyclebnn_dist",
+            "train",
+            str(recipe),
+            "train.amp=bf16",
+            "model.channels_last=true",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.count("validation top-1") == 1
+    assert "Traceback" not in trained.stderr
+    run_dir = recipe.parent / "run"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+    command = [sys.executable, "-m", "cyclebnn_dist", "evaluate", str(run_dir), "--json"]
+    evaluated = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(evaluated.stdout)["top1"] == summary["eval_top1"]
+
+    started = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "cyclebnn_dist",
+            "train",
+            str(recipe),
+            f"model.weights={run_dir}/checkpoints/step_000000010",
+            f"run.dir={recipe.parent}/second",
+            "train.epochs=0.2",
+            "optim.lr=1e-9",
+            "optim.min_lr=1e-9",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert started.returncode == 0, started.stderr
+    second = json.loads((recipe.parent / "second" / "summary.json").read_text())
+    assert second["eval_loss"] == pytest.approx(summary["eval_loss"], abs=0.2), (
+        "it did not start from those weights"
+    )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(recipe):
+    line = f"{sys.executable} -m cyclebnn_dist config | head -n 1"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Error" not in done.stderr
