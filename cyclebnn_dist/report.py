@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         "operations saved": f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' training "
         f"operations, {100 * summary['training_saving_model']:.1f} % of the whole model's (CPT's cost formula)",
         "run folder": summary["run_dir"],
-        "next": f"cyclebnn evaluate {summary['run_dir']}",
+        "next": f"{_command()} evaluate {summary['run_dir']}",
     }
     if summary["skipped_steps"]:
         rows["skipped steps"] = f"{summary['skipped_steps']} with a non-finite gradient"
@@ -90,6 +92,13 @@ def _sent(summary: dict[str, Any]) -> str:
         f"{_size(sent)} per rank; fp32 would have sent {_size(fp32)} ({fp32 / sent:.2f}x), "
         f"bf16 {_size(bf16)} ({bf16 / sent:.2f}x)"
     )
+
+
+def _command() -> str:
+    """How the user types ``cyclebnn``: by name where it is found, else by its place in this environment."""
+    if shutil.which("cyclebnn"):
+        return "cyclebnn"
+    return os.path.relpath(Path(sys.prefix) / "bin" / "cyclebnn")
 
 
 def _size(num_bytes: float) -> str:

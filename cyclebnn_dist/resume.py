@@ -46,7 +46,6 @@ def save(run: Run) -> Path:
     folder = save_checkpoint(
         run.run_dir, snapshot, recipe=run.recipe, world=run.world, keep=run.recipe.run.keep_checkpoints
     )
-    run.saved_step = run.step
     return folder
 
 
@@ -75,7 +74,7 @@ def restore(run: Run, folder: Path) -> None:
             first = read_own(folder, rank=0)
             run.train_loader.load_state_dict(first["data"])
             run.reducer.counters.load_state_dict(first["reducer"]["counters"])
-        run.step = run.saved_step = meta["step"]
+        run.step = meta["step"]
 
     all_succeed(run.world, load, what=f"loading checkpoint {folder}")
 

@@ -45,8 +45,6 @@ class Run:
     eval_forward_bits: int
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
-    saved_step: int = -1
-    """Step of the newest checkpoint."""
 
     def write_row(self, kind: Literal["train", "eval"], row: dict[str, float]) -> None:
         """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 has them)."""

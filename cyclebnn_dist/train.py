@@ -53,7 +53,9 @@ def main(recipe: Recipe) -> int:
     world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
     try:
         status = run_recipe(recipe, world)
-    except (RuntimeError, OSError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:
         if world.size == 1:
             raise
         # A lost peer leaves collectives behind that never end, and tearing the groups down would wait for them.
@@ -77,7 +79,12 @@ def run_recipe(recipe: Recipe, world: World) -> int:
     if checkpoint:
         resume.restore(run, checkpoint)
     announce(run)
-    ended = loop.train(run)
+    try:
+        ended = loop.train(run)
+    except RecipeError as error:
+        if world.size == 1:
+            raise
+        raise RuntimeError(f"on rank {world.rank} alone: {error}") from error
     if ended == "preempted":
         return leave_preempted(run)
     summary = on_main(world, lambda: write_summary(run))

@@ -101,6 +101,14 @@ class Launched:
         os.kill(pids[rank], signal.SIGKILL)
         return set(pids.values())
 
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
     def end(self) -> None:
         """Kill what is left of it."""
         for child in psutil.Process(self._process.pid).children(recursive=True):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 
 import pytest
 import torch
-from launching import TINY_RECIPE, Launched, alive, wait_until
+from launching import ROOT, TINY_RECIPE, Launched, alive, wait_until
 from safetensors.torch import load_file
 
 from cyclebnn_dist.data.sample import generate_sample
@@ -32,7 +34,7 @@ def start(tmp_path, tiny_data):
 
     yield start
     for one in launched:
-        if one._process.poll() is None:
+        if not one.ended:
             one.end()
 
 
@@ -40,6 +42,17 @@ def final_states(run_dir):
     """Every tensor of the last checkpoint, by file."""
     folder = max((run_dir / "checkpoints").glob("step_*"))
     return folder.name, {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+
+
+def assert_same_final_state(run_dir, other):
+    name, expected = final_states(run_dir)
+    again_name, found = final_states(other)
+    assert again_name == name
+    assert found.keys() == expected.keys()
+    for file in expected:
+        assert found[file].keys() == expected[file].keys()
+        for key, tensor in expected[file].items():
+            assert torch.equal(tensor, found[file][key]), f"{file}: {key}"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -61,15 +74,7 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
     assert status == 0, output
     assert "resuming from the checkpoint of step" in output
 
-    name, expected = final_states(undisturbed.run_dir)
-    again_name, found = final_states(resumed.run_dir)
-    assert again_name == name
-    assert found.keys() == expected.keys()
-    for file in expected:
-        assert found[file].keys() == expected[file].keys()
-        for key, tensor in expected[file].items():
-            assert torch.equal(tensor, found[file][key]), f"{file}: {key}"
-
+    assert_same_final_state(undisturbed.run_dir, resumed.run_dir)
     summaries = [json.loads((r.run_dir / "summary.json").read_text()) for r in (undisturbed, resumed)]
     for key in (
         "steps",
@@ -88,6 +93,67 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
+
+
+@pytest.mark.long
+def test_killed_at_random_moments_again_and_again_equals_the_undisturbed_run(start):
+    """Kills fall into start-up, steps, evaluation and the writing of checkpoints alike."""
+    length = ("train.epochs=6",)
+    undisturbed = start("undisturbed", ranks=2, overrides=length)
+    assert undisturbed.wait(seconds=300)[0] == 0
+    chance = random.Random(20261120)
+    kills = 0
+    for _ in range(40):
+        life = start("killed", ranks=2, overrides=length)
+        if wait_until(lambda life=life: life.ended, seconds=chance.uniform(2.0, 14.0)):
+            break
+        pids = life.rank_pids()
+        if pids:
+            life.kill_rank(chance.choice(sorted(pids)))
+            kills += 1
+            life.wait(seconds=60)
+        else:
+            life.end()
+    status, output = start("killed", ranks=2, overrides=length).wait(seconds=300)
+    assert status == 0, output
+    assert kills >= 5
+    assert_same_final_state(undisturbed.run_dir, life.run_dir)
+
+
+@pytest.mark.long
+def test_the_quickstart_learns(tmp_path):
+    data, run_dir = tmp_path / "data", tmp_path / "quickstart"
+    generate_sample(data)
+    overrides = (f"data.path={data}", f"run.dir={run_dir}")
+    status, output = Launched(ROOT / "recipes/quickstart.yaml", run_dir, ranks=2, overrides=overrides).wait(
+        seconds=900
+    )
+    assert status == 0, output
+    assert json.loads((run_dir / "summary.json").read_text())["eval_top1"] >= 90.0
+
+
+def test_ctrl_c_saves_on_every_rank_and_the_same_line_goes_on(start):
+    stopped = start("run", ranks=2)
+    stopped.wait_for_step(2, seconds=120)
+    stopped.interrupt()
+    status, output = stopped.wait(seconds=60)
+    assert status == 130, output
+    assert "a checkpoint was written" in output
+    again = start("run", ranks=2)
+    status, output = again.wait(seconds=120)
+    assert status == 0, output
+    assert "resuming from the checkpoint of step" in output
+
+
+def test_an_image_that_breaks_on_one_rank_is_named(start, tmp_path, tiny_data):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_data, broken)
+    for image in list((broken / "train").rglob("*.JPEG"))[::4]:
+        image.write_bytes(image.read_bytes()[:200])
+    status, output = start("run", ranks=2, overrides=(f"data.path={broken}",)).wait(seconds=120)
+    assert status == 1, output
+    assert "cannot read image" in output
+    assert str(broken / "train") in output
 
 
 def test_a_finished_run_says_so_and_is_not_run_again(start):
