@@ -13,7 +13,7 @@ from torch import nn
 
 from cyclebnn_dist import resume
 from cyclebnn_dist.agreement import compare_parameters, digest
-from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.precision.schedule import Widths
@@ -93,6 +93,7 @@ def train_step(run: Run) -> StepResult:
     total_loss = torch.zeros((), device=run.world.device)
     data_seconds = 0.0
     stop = False
+    set_progress(run.model, step / run.total_steps)
     for micro_step in range(accumulation):
         last = micro_step == accumulation - 1
         set_widths(

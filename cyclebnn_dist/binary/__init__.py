@@ -1,11 +1,12 @@
 """Binary layers in any timm model: swapping, widths, counting."""
 
+from cyclebnn_dist.binary import methods as methods
 from cyclebnn_dist.binary.count import Counts, LayerCount, count
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
 from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
 from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
-from cyclebnn_dist.binary.widths import set_widths
+from cyclebnn_dist.binary.widths import set_progress, set_widths
 
 __all__ = [
     "METHODS",
@@ -19,6 +20,8 @@ __all__ = [
     "binarize_",
     "binary_modules",
     "count",
+    "methods",
     "parameter_kinds",
+    "set_progress",
     "set_widths",
 ]

@@ -8,6 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Method = Literal[
+    "none",
+    "bnn",
+    "xnor",
+    "bireal",
+    "bireal_released",
+    "irnet",
+    "irnet_released",
+    "reactnet",
+    "reactnet_released",
+    "recu",
+    "adabin",
+    "adabin_released",
+    "bnext",
+    "cyclebnn",
+    "cyclebnn_released",
+]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -57,7 +75,7 @@ class ModelConfig:
 class BinaryConfig:
     """Which layers become binary, and by which published method."""
 
-    method: Literal["none", "bnn", "bireal", "bireal_released", "cyclebnn", "cyclebnn_released"] = "cyclebnn"
+    method: Method = "cyclebnn"
     """Binarization method; none leaves the model real-valued; *_released is what the authors' code does instead."""
     activation: Literal["keep", "hardtanh", "prelu", "identity"] = "hardtanh"
     """What replaces ReLU-like activations: behind a ReLU every sign would be +1, so keep is rarely right."""
