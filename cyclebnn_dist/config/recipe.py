@@ -152,6 +152,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """Terms of the loss beside the cross-entropy."""
+
+    kurtosis_weight: float = 0.0
+    """Weight of BD-BNN's penalty on the kurtosis of latent binary weights; 0 means off, 1 is the authors' value."""
+    kurtosis_target: float = 1.8
+    """Kurtosis the penalty drives the weights to: 1.8 is that of a uniform distribution, 1 of two points."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 
@@ -278,6 +288,7 @@ class Recipe:
     binary: BinaryConfig = field(default_factory=BinaryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     comm: CommConfig = field(default_factory=CommConfig)

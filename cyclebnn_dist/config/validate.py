@@ -129,13 +129,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
     ),
     ("data.image_size", _at_least(8), "at least 8 pixels"),
+    ("loss.kurtosis_target", _at_least(1), "at least 1: no distribution has less"),
     (
         "run.collective_timeout_seconds train.epochs optim.lr optim.gamma engine.bucket_mb eval.every_epochs",
         _positive,
         "greater than 0",
     ),
     (
-        "train.clip_norm optim.weight_decay optim.binary_weight_decay optim.binary_lr_scale optim.min_lr"
+        "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.binary_lr_scale optim.min_lr"
         " optim.warmup_epochs comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
