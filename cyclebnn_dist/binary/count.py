@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import parameter_kinds
-from cyclebnn_dist.binary.swap import trial_forward
+from cyclebnn_dist.binary.trial import trial_forward
 
 BINARY_OPERATIONS_PER_OPERATION = 64
 REAL_BITS = 32

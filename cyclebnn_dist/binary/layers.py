@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
+from cyclebnn_dist.timm_import import timm
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -45,6 +46,18 @@ class BinaryConv2d(nn.Conv2d):
         window = values.new_full((self.groups, 1, height, width), 1.0 / (height * width))
         means = self._conv_forward(values, window, None)
         return means.repeat_interleave(self.out_channels // self.groups, dim=1) if self.groups > 1 else means
+
+
+class BinaryConv2dSame(BinaryConv2d):
+    """A convolution of signs in the place of timm's ``Conv2dSame``, which pads by its input's size as TensorFlow does."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        geometry: dict[str, Any] = {
+            "stride": self.stride,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        return timm.layers.conv2d_same(input, weight, bias, **geometry)
 
 
 class BinaryLinear(nn.Linear):

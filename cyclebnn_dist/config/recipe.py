@@ -77,10 +77,18 @@ class BinaryConfig:
 
     method: Method = "cyclebnn"
     """Binarization method; none leaves the model real-valued; *_released is what the authors' code does instead."""
-    activation: Literal["keep", "hardtanh", "prelu", "identity"] = "hardtanh"
-    """What replaces ReLU-like activations: behind a ReLU every sign would be +1, so keep is rarely right."""
+    methods: dict[str, Method] = field(default_factory=dict)
+    """Methods of some layers by glob of their names, e.g. {layer4.*: bireal}; the first match counts, none is real."""
+    activation: Literal["keep", "hardtanh", "prelu", "rprelu", "maxout", "identity"] = "hardtanh"
+    """What replaces ReLU-like activations, behind which every sign is +1; rprelu is ReActNet's, maxout AdaBin's."""
+    shortcut: Literal["block", "convolution"] = "block"
+    """block: the model's own shortcuts; convolution: one around each of a ResNet block's two instead (Bi-Real Net)."""
+    stem_pool: Literal["keep", "average", "none"] = "keep"
+    """What to do with the max-pool behind a ResNet's stem: keep it, average instead, or leave it out."""
     keep_stem: bool = True
     """Leave the first convolution real-valued."""
+    keep_deep_stem: bool = False
+    """Leave all layers of the stem real-valued, where it has several; needs keep_stem."""
     keep_classifier: bool = True
     """Leave the classifier real-valued."""
     keep_downsample: bool = True

@@ -50,6 +50,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "num_swapped": swap.num_swapped,
         "activation": swap.activation,
         "num_activations_replaced": len(swap.activations),
+        "num_blocks_with_shortcuts": len(swap.shortcuts),
         "one_sided_inputs": list(swap.one_sided_inputs),
         "bops": counts.bops,
         "flops": counts.flops,
@@ -74,7 +75,7 @@ def _render(summary: dict[str, Any]) -> str:
                 " x ".join(map(str, layer["output_shape"])),
                 f"{layer['params']:,}",
                 f"{layer['macs']:,}",
-                summary["method"] if layer["swapped"] else f"real: {layer['reason']}",
+                layer["method"] if layer["swapped"] else f"real: {layer['reason']}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
