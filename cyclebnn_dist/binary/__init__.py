@@ -1,6 +1,7 @@
 """Binary layers in any timm model: swapping, widths, counting."""
 
 from cyclebnn_dist.binary import methods as methods
+from cyclebnn_dist.binary.conventions import CONVENTIONS
 from cyclebnn_dist.binary.count import Counts, LayerCount, count
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
@@ -9,6 +10,7 @@ from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
 from cyclebnn_dist.binary.widths import set_progress, set_widths
 
 __all__ = [
+    "CONVENTIONS",
     "METHODS",
     "Binarizer",
     "BinaryConv2d",

@@ -185,8 +185,14 @@ class OptimConfig:
     """Weight decay of real-valued weights."""
     binary_weight_decay: float = 1e-5
     """Weight decay of the latent weights of binary layers."""
+    other_weight_decay: float = 0.0
+    """Weight decay of the rest: norms, biases, scales, thresholds, position embeddings."""
+    weight_decay_of: dict[str, float] = field(default_factory=dict)
+    """Weight decay of some parameters by glob of their names, e.g. {conv1.*: 1e-8}; the first match counts."""
     binary_lr_scale: float = 1.0
     """Learning rate of latent binary weights, as a multiple of lr."""
+    other_lr_scale: float = 1.0
+    """Learning rate of the rest, as a multiple of lr."""
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_epochs: float = 0.0
