@@ -88,6 +88,7 @@ def run_recipe(recipe: Recipe, world: World) -> int:
     if ended == "preempted":
         return leave_preempted(run)
     summary = on_main(world, lambda: write_summary(run))
+    run.console.close()
     log.info("finished\n%s", summary)
     close(run)
     return FINISHED
