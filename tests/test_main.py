@@ -8,15 +8,13 @@ import pytest
 from launching import ROOT, TINY_RECIPE
 
 from cyclebnn_dist.__main__ import main
-from cyclebnn_dist.data.sample import generate_sample
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("main")
-    generate_sample(folder / "data", num_train=80, num_val=30, image_size=40, seed=0)
     path = folder / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(run_dir=folder / "run", data=folder / "data"))
+    path.write_text(TINY_RECIPE.format(run_dir=folder / "run", data=tiny_data))
     return path
 
 

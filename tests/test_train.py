@@ -11,22 +11,14 @@ from worlds import make_world
 
 from cyclebnn_dist import evaluate, train
 from cyclebnn_dist.config import RecipeError, load_recipe
-from cyclebnn_dist.data.sample import generate_sample
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "tiny"
-    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
-    return path
-
-
 @pytest.fixture
-def recipe_file(tmp_path, data):
+def recipe_file(tmp_path, tiny_data):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=data))
+    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
     return path
 
 
