@@ -5,7 +5,7 @@ from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
 from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
 from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
-from cyclebnn_dist.binary.widths import set_widths
+from cyclebnn_dist.binary.widths import scheduled_precision, set_widths
 
 __all__ = [
     "METHODS",
@@ -20,5 +20,6 @@ __all__ = [
     "binary_modules",
     "count",
     "parameter_kinds",
+    "scheduled_precision",
     "set_widths",
 ]
