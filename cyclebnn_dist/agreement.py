@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,16 @@ class Agreement:
     which are equal exactly when all ranks hold the same. The stop flag travels in the same message.
     """
 
-    def __init__(self, world: World, constants: Mapping[str, int]) -> None:
+    def __init__(self, world: World, constants: Mapping[str, int], *, timeout_seconds: float) -> None:
         """Collective: every rank calls this (it makes a process group).
 
         Args:
             constants: the fields that do not change during a run: recipe, parameter layout, codec.
+            timeout_seconds: after which an exchange with a silent rank fails.
         """
         self._world = world
         self._constants = dict(constants)
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._message = torch.empty(2 * len(FIELDS) + 1, dtype=torch.int64)
         self._work: dist.Work | None = None
         self._fields: dict[str, int] = {}

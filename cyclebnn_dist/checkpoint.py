@@ -2,7 +2,7 @@
 
     run_dir/checkpoints/
       step_000000500/
-        meta.json              step, world size, digests, the size of every file; what makes the folder complete
+        meta.json              step, world size, size and SHA-256 of every file; what makes the folder complete
         recipe.yaml            the resolved recipe
         model.safetensors      weights, and buffers averaged over ranks: what evaluation uses
         ema.safetensors        the same of the averaged weights, where a recipe asks for them
@@ -16,6 +16,7 @@ A checkpoint is written beside the others and published by renaming its folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -27,9 +28,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from cyclebnn_dist.config import Recipe, save_recipe
+from cyclebnn_dist.config import SAVED_NAME, Recipe, save_recipe
 from cyclebnn_dist.statefile import read_state, write_state
-from cyclebnn_dist.world import World, all_succeed, on_main
+from cyclebnn_dist.world import World, all_succeed, gather_objects, on_main
 
 log = logging.getLogger(__name__)
 
@@ -70,27 +71,31 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, recipe: Recipe, world:
                 shutil.rmtree(leftover)
             partial.mkdir()
 
+    written: dict[str, dict[str, Any]] = {}
+
     def write() -> None:
         write_state(partial / f"rank_{world.rank}.safetensors", snapshot.own)
+        names = [f"rank_{world.rank}.safetensors"]
         if world.is_main:
             save_file(snapshot.model, str(partial / "model.safetensors"))
             if snapshot.ema:
                 save_file(snapshot.ema, str(partial / "ema.safetensors"))
             write_state(partial / "shared.safetensors", snapshot.shared)
-            save_recipe(recipe, partial / "recipe.yaml")
+            save_recipe(recipe, partial / SAVED_NAME)
+            names += [path.name for path in partial.iterdir() if not path.name.startswith("rank_")]
+        for name in names:
+            _flush(partial / name)
+            written[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
 
     def publish() -> None:
         if not world.is_main:
             return
-        files = sorted(path for path in partial.iterdir() if path.name != "meta.json")
-        for path in files:
-            _flush(path)
         meta = {
             "format": FORMAT,
             "step": snapshot.step,
             "world_size": world.size,
             **snapshot.facts,
-            "files": {path.name: path.stat().st_size for path in files},
+            "files": {name: facts for of_rank in everything for name, facts in of_rank.items()},
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
         _flush(partial / "meta.json")
@@ -104,6 +109,7 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, recipe: Recipe, world:
 
     all_succeed(world, prepare, what=f"preparing checkpoint {final}")
     all_succeed(world, write, what=f"writing checkpoint {final}")
+    everything = gather_objects(world, written)
     all_succeed(world, publish, what=f"publishing checkpoint {final}")
     return final
 
@@ -124,18 +130,36 @@ def missing_parts(folder: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"meta.json: {error}"]
     problems = []
-    for name, size in meta["files"].items():
+    for name, facts in meta["files"].items():
         path = folder / name
         if not path.is_file():
             problems.append(f"{name}: missing")
-        elif path.stat().st_size != size:
-            problems.append(f"{name}: {path.stat().st_size} bytes, {size} written")
+        elif path.stat().st_size != facts["bytes"]:
+            problems.append(f"{name}: {path.stat().st_size} bytes, {facts['bytes']} written")
     return problems
 
 
+def damaged_parts(folder: Path) -> list[str]:
+    """As ``missing_parts``, but every file is read and its content compared with what was written."""
+    return missing_parts(folder) or [
+        f"{name}: its content has changed since it was written"
+        for name, facts in read_meta(folder)["files"].items()
+        if _sha256(folder / name) != facts["sha256"]
+    ]
+
+
 def newest_checkpoint(run_dir: Path, *, world: World) -> Path | None:
-    """Collective: every rank calls this. Rank 0's choice of the newest complete checkpoint, or None."""
-    return on_main(world, lambda: next(iter(complete_checkpoints(run_dir)), None))
+    """Collective: every rank calls this. Rank 0's choice of the newest undamaged checkpoint, or None."""
+
+    def choose() -> Path | None:
+        for folder in complete_checkpoints(run_dir):
+            problems = damaged_parts(folder)
+            if not problems:
+                return folder
+            log.warning("checkpoint %s is passed over: %s", folder, "; ".join(problems))
+        return None
+
+    return on_main(world, choose)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -158,6 +182,14 @@ def read_shared(folder: Path) -> dict[str, Any]:
 def read_own(folder: Path, *, rank: int) -> dict[str, Any]:
     """The state of one rank."""
     return read_state(folder / f"rank_{rank}.safetensors")
+
+
+def _sha256(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def _flush(path: Path) -> None:

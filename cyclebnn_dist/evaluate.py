@@ -13,7 +13,7 @@ from torch import nn
 
 from cyclebnn_dist.binary import set_widths
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
-from cyclebnn_dist.checkpoint import complete_checkpoints, missing_parts, read_meta
+from cyclebnn_dist.checkpoint import complete_checkpoints, damaged_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
 from cyclebnn_dist.data import EvalLoader, scan_folder
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
@@ -28,6 +28,8 @@ from cyclebnn_dist.world import (
     on_main,
     sum_over_ranks,
 )
+
+EVALUATION_KEYS = ("data.", "eval.", "train.amp", "run.collective_timeout_seconds")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     world = discover_world()
     configure_logging(rank=world.rank, size=world.size)
-    recipe = load_recipe(find_checkpoint(path) / SAVED_NAME, overrides)
+    recipe = load_recipe(find_checkpoint(path) / SAVED_NAME, check_overrides(overrides))
     world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
     result = evaluate_checkpoint(path, world, overrides=overrides)
     leave_world()
@@ -91,8 +93,8 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
         RecipeError: if there is no complete checkpoint, or the data are not as its recipe says.
     """
     folder = find_checkpoint(path)
-    recipe = load_recipe(folder / SAVED_NAME, overrides)
-    forward_bits = read_meta(folder)["eval_forward_bits"]
+    recipe = load_recipe(folder / SAVED_NAME, check_overrides(overrides))
+    forward_bits = recipe.eval.forward_bits or read_meta(folder)["eval_forward_bits"]
     images = on_main(
         world, lambda: scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes)
     )
@@ -123,10 +125,27 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
     return result
 
 
+def check_overrides(overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides, if all are of keys that an evaluation reads and a checkpoint does not fix.
+
+    Raises:
+        RecipeError: naming the first that is not.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith(EVALUATION_KEYS):
+            raise RecipeError(
+                key,
+                "does not concern an evaluation",
+                f"these do: {', '.join(f'{k}*' for k in EVALUATION_KEYS)}",
+            )
+    return overrides
+
+
 def find_checkpoint(path: Path) -> Path:
     """``path`` itself if it is a complete checkpoint, else the newest complete one of the run folder ``path``."""
     if (path / "meta.json").exists():
-        problems = missing_parts(path)
+        problems = damaged_parts(path)
         if problems:
             raise RecipeError(str(path), f"is damaged: {'; '.join(problems)}", "choose another checkpoint")
         return path

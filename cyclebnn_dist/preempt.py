@@ -10,11 +10,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
 class PreemptionFlag:
-    """Set by SIGUSR2 (submitit's warning) and SIGTERM; read by the loop at step boundaries.
+    """Set by SIGUSR2 (submitit's warning), SIGTERM and Ctrl-C; read by the loop at step boundaries.
 
     The handlers only set the flag: saving needs all ranks, and a signal may reach only one of them.
     """
@@ -24,9 +24,10 @@ class PreemptionFlag:
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def install(self) -> PreemptionFlag:
-        """Replace the handlers, remembering those that were there."""
+        """Replace the handlers, remembering those that were there; a signal that is ignored stays so."""
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._set)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._set)
         return self
 
     def uninstall(self) -> None:
@@ -48,6 +49,8 @@ class PreemptionFlag:
 
     def _set(self, number: int, frame: FrameType | None) -> None:
         del frame
+        if number == signal.SIGINT and self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
         if self.signal is None:
             self.signal = signal.Signals(number)
             log.warning("%s received: a checkpoint follows at the end of this step", self.signal.name)

@@ -67,7 +67,7 @@ def render_summary(summary: dict[str, Any]) -> str:
     rows = {
         "validation top-1": f"{summary['eval_top1']:.2f} % of {summary['eval_images']} images "
         f"(top-5 {summary['eval_top5']:.2f} %), evaluated at {summary['eval_forward_bits']} forward bits",
-        "speed": f"{summary['images_per_second']:.1f} images/s over {summary['ranks']} ranks on "
+        "speed": f"{summary['images_per_second']:.1f} images/s over {summary['ranks']} rank{'s' * (summary['ranks'] > 1)} on "
         f"{summary['device']}, {100 * summary['data_wait_fraction']:.1f} % of it waiting for images",
         "time": f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
         f"evaluation {summary['eval_seconds']:.0f} s",

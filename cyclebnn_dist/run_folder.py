@@ -14,6 +14,7 @@ run_dir/
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from cyclebnn_dist.config import (
@@ -35,8 +36,11 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the keys that differ, or the foreign content.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RecipeError("run.dir", f"{run_dir} is a file", "name a folder that may be created")
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RecipeError("run.dir", f"{nearest} is a file", "name a folder that may be created")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RecipeError("run.dir", f"{nearest} may not be written", "name a folder on a disk that may be")
     saved = run_dir / SAVED_NAME
     if saved.exists():
         resume_differences(load_saved(saved), recipe)

@@ -13,7 +13,7 @@ from torch import nn
 from cyclebnn_dist import loop, resume
 from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch
-from cyclebnn_dist.binary import parameter_kinds
+from cyclebnn_dist.binary import parameter_kinds, scheduled_precision
 from cyclebnn_dist.checkpoint import newest_checkpoint
 from cyclebnn_dist.comm import build_reducer
 from cyclebnn_dist.comm.mode import communicated_precision
@@ -27,7 +27,7 @@ from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision.schedule import build_schedule
 from cyclebnn_dist.preempt import PreemptionFlag
-from cyclebnn_dist.report import write_summary
+from cyclebnn_dist.report import summarize, write_summary
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import check_run_folder, claim_run_folder, finished_summary
 from cyclebnn_dist.timm_import import timm
@@ -88,6 +88,8 @@ def run_recipe(recipe: Recipe, world: World) -> int:
     if ended == "preempted":
         return leave_preempted(run)
     summary = on_main(world, lambda: write_summary(run))
+    run.wandb.summarize(summarize(run))
+    run.console.close()
     log.info("finished\n%s", summary)
     close(run)
     return FINISHED
@@ -113,15 +115,12 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
     epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
     total_steps = max(1, round(recipe.train.epochs * epoch_steps))
-    schedule = build_schedule(
-        communicated_precision(recipe.precision, recipe.comm, world_size=world.size),
-        total_steps=total_steps,
-        steps_per_epoch=epoch_steps,
-    )
-
     resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
+    precision = scheduled_precision(recipe.precision, model)
+    precision = communicated_precision(precision, recipe.comm, world_size=world.size)
+    schedule = build_schedule(precision, total_steps=total_steps, steps_per_epoch=epoch_steps)
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
@@ -145,6 +144,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
         },
+        timeout_seconds=recipe.run.collective_timeout_seconds,
     )
     train_loader = TrainLoader(
         train_images,
@@ -176,7 +176,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         preemption=PreemptionFlag().install(),
         total_steps=total_steps,
         steps_per_epoch=epoch_steps,
-        eval_forward_bits=recipe.eval.forward_bits or recipe.precision.forward.high,
+        eval_forward_bits=recipe.eval.forward_bits or precision.forward.high,
     )
 
 

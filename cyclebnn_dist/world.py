@@ -47,6 +47,11 @@ def discover_world(*, environ: dict[str, str] | None = None) -> World:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     present = [name for name in names if name in env]
     if len(present) == len(names):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if not env.get(name, "0").isdigit():
+                raise RecipeError(
+                    f"environment variable {name}", f"{env[name]!r} is not a number", "unset or mend it"
+                )
         rank, size, source = int(env["RANK"]), int(env["WORLD_SIZE"]), "environment"
         local_rank = int(env.get("LOCAL_RANK", rank))
     elif {"RANK", "WORLD_SIZE"} & set(present):

@@ -83,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -94,7 +97,8 @@ def _launch(arguments: argparse.Namespace) -> int:
         arguments.cluster, overrides=[f"{key}={value}" for key, value in flags.items() if value is not None]
     )
     run_dir = Path(recipe.run.dir).absolute()
-
+    per_rank_batch(recipe.train, world_size=count_ranks(profile))
+    check_run_folder(run_dir, recipe)
     if arguments.dry_run:
         from launch.preview import layer_table, submission_text
 
@@ -102,7 +106,6 @@ def _launch(arguments: argparse.Namespace) -> int:
         status, table = layer_table(arguments.recipe, arguments.overrides)
         print(table, end="")
         return status
-    check_run_folder(run_dir, recipe)
     done = finished_summary(run_dir, recipe)
     if done is not None:
         print(f"this run is finished already: {run_dir}\n{done.rstrip()}")
@@ -114,11 +117,20 @@ def _launch(arguments: argparse.Namespace) -> int:
     return _debug(recipe, run_dir)
 
 
+def count_ranks(profile: ClusterProfile) -> int:
+    """How many ranks a launch under this profile starts."""
+    if profile.cluster == "debug":
+        return 1
+    from launch.submit import choose_gpus
+
+    gpus = len(choose_gpus(profile)) if profile.cluster == "local" else 0
+    return profile.nodes * num_tasks_per_node(profile, visible_gpus=gpus)
+
+
 def _submit(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
     from launch.job import Job
     from launch.submit import submit_slurm
 
-    per_rank_batch(recipe.train, world_size=profile.nodes * num_tasks_per_node(profile))
     folder, existed = run_dir / LAUNCHER_FOLDER, _existing(run_dir / LAUNCHER_FOLDER)
     try:
         job = submit_slurm(Job(to_dict(recipe), str(run_dir)), profile=profile, folder=folder)
@@ -141,7 +153,6 @@ def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
 
     gpus = choose_gpus(profile)
     tasks = num_tasks_per_node(profile, visible_gpus=len(gpus))
-    per_rank_batch(recipe.train, world_size=tasks)
     folder, existed = run_dir / LAUNCHER_FOLDER, _existing(run_dir / LAUNCHER_FOLDER)
     devices = (
         ",".join(gpus)

@@ -41,6 +41,12 @@ def is_running(process: Process) -> bool:
     return now is not None and now.start == process.start and now.running
 
 
+def started_ns(process: Process) -> int:
+    """Return when a process started, in nanoseconds of the wall clock, to a hundredth of a second."""
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return int(1e9 * (time.time() - uptime + process.start / os.sysconf("SC_CLK_TCK")))
+
+
 def marked(mark: str) -> list[Process]:
     """Return the running processes whose environment holds ``mark``, a text ``NAME=value``; this process not counted."""
     found = []

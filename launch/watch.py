@@ -81,6 +81,7 @@ class _Watch:
         self.stop_asked: float | None = None
         self.remind_at = 0.0
         self.siblings_killed = False
+        self.controller_lost = False
 
     def run(self) -> Outcome:
         controller = self.job._process
@@ -94,6 +95,8 @@ class _Watch:
                 self.end_siblings()
                 self.obey_signals()
         finally:
+            self.note_ends()
+            self.controller_lost = controller.poll() is not None and bool(self.running())
             self.sweep()
         controller.wait()
         self.note_ends()
@@ -124,9 +127,9 @@ class _Watch:
                 self.ranks.clear()
                 self.siblings_killed = False
                 self.say("the ranks are started again and go on from the newest checkpoint")
-            self.ranks[int(number)] = Rank(
-                int(number), process, _modified(self.paths[int(number)].result_pickle)
-            )
+            written = _modified(self.paths[int(number)].result_pickle)
+            stale = written if written < processes.started_ns(process) else 0
+            self.ranks[int(number)] = Rank(int(number), process, stale)
 
     def note_ends(self) -> None:
         """Note which ranks ended since the last look, those that fell silent first before the others."""
@@ -215,6 +218,11 @@ class _Watch:
             words = "stopped; a checkpoint was written" if saved else "stopped"
             return Outcome(
                 128 + self.received[0], f"{words}: the same command goes on from the newest checkpoint"
+            )
+        if self.controller_lost:
+            return Outcome(
+                FAILED,
+                f"submitit's controller (process {self.job.job_id}) ended before its ranks; they are ended too",
             )
         failed = self.first_failure()
         if failed is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import RankPool
+
+from cyclebnn_dist.data.sample import generate_sample
 
 # Many processes share few cores here; a thread each is fastest, also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,3 +23,11 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample data set with 80 training and 30 validation images of 40 pixels."""
+    path = tmp_path_factory.mktemp("data") / "tiny"
+    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
+    return path

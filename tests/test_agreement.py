@@ -15,7 +15,7 @@ def exchange(rank, size, field, by_rank):
     value = by_rank[rank]
     if field in constants:
         constants[field] = value
-    agreement = Agreement(world, constants)
+    agreement = Agreement(world, constants, timeout_seconds=60.0)
     try:
         stops = []
         for step in (0, 1):

@@ -11,6 +11,7 @@ from worlds import make_world
 from cyclebnn_dist.checkpoint import (
     Snapshot,
     complete_checkpoints,
+    damaged_parts,
     missing_parts,
     newest_checkpoint,
     read_meta,
@@ -99,3 +100,17 @@ def test_what_a_kill_left_behind_is_cleared_by_the_next_save(ranks, tmp_path):
     (leftover / "model.safetensors").write_bytes(b"half")
     ranks(1, save_all, tmp_path, [5], 2)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_000000005"]
+
+
+def find_newest(rank, size, run_dir):
+    return newest_checkpoint(run_dir, world=make_world(rank, size)).name
+
+
+def test_a_changed_byte_is_found_before_it_is_loaded(ranks, tmp_path):
+    ranks(2, save_all, tmp_path, [5, 10], 2)
+    path = tmp_path / "checkpoints" / "step_000000010" / "rank_1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert ranks(2, find_newest, tmp_path) == ["step_000000005"] * 2
+    assert damaged_parts(path.parent) == ["rank_1.safetensors: its content has changed since it was written"]

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -346,3 +347,57 @@ def test_every_field_is_explained_in_both_forms_of_the_reference():
     assert "one of none, bnn" in text
     assert "CycleBNN" in text
     assert all(line.count(" | ") == 3 for line in markdown.splitlines() if line.startswith("| `"))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "words"),
+    [
+        ("run.dir=runs/50%t", "run.dir", "percent"),
+        ("wandb.project=team/project", "wandb.project", "refuses"),
+        ("data.path=???", "data.path", "has no value"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(tmp_path, override, key, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run: {seed: 1}\n")
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(path, [override])
+    assert caught.value.key == key
+
+
+def test_a_base_may_leave_a_key_open_for_those_that_inherit_from_it(tmp_path):
+    (tmp_path / "base.yaml").write_text('data: {path: "???"}\n')
+    (tmp_path / "filled.yaml").write_text("base: base.yaml\ndata: {path: images}\n")
+    assert load_recipe(tmp_path / "filled.yaml").data.path == "images"
+    with pytest.raises(RecipeError, match="has no value"):
+        load_recipe(tmp_path / "base.yaml")
+
+
+def test_the_compiler_and_small_buckets_do_not_go_together(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {compile: true}\nengine: {bucket_mb: 0.5}\n")
+    with pytest.raises(RecipeError, match="below 1"):
+        load_recipe(path)
+
+
+def test_a_run_may_be_made_longer_but_not_shorter():
+    saved = replace(Recipe(), train=replace(Recipe().train, epochs=10.0))
+    for epochs, allowed in ((12.0, True), (8.0, False)):
+        new = replace(
+            saved, train=replace(saved.train, epochs=epochs), run=replace(saved.run, extend_epochs=True)
+        )
+        if allowed:
+            assert resume_differences(saved, new)["train.epochs"] == (10.0, 12.0)
+        else:
+            with pytest.raises(RecipeError, match=r"10\.0 -> 8\.0"):
+                resume_differences(saved, new)
+
+
+def test_globs_as_keys_come_back_from_the_run_folder(tmp_path):
+    """A dot in a key must not be taken for a level of the recipe."""
+    path = write(tmp_path, "binary: {methods: {layer4.*: bireal}}\noptim: {weight_decay_of: {conv1.*: 1e-8}}")
+    recipe = load_recipe(path)
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_saved(tmp_path / "saved.yaml") == recipe
+    assert recipe.binary.methods == {"layer4.*": "bireal"}
+    assert recipe.optim.weight_decay_of == {"conv1.*": 1e-8}

@@ -15,13 +15,6 @@ from cyclebnn_dist.data.sample import generate_sample
 from cyclebnn_dist.metrics import read_journal
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "tiny"
-    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
-    return path
-
-
 @pytest.fixture
 def start(tmp_path, tiny_data):
     launched = []

@@ -8,7 +8,6 @@ from launching import TINY_RECIPE
 
 from cyclebnn_dist.comm import BlockKey, Codec
 from cyclebnn_dist.config import load_recipe
-from cyclebnn_dist.data.sample import generate_sample
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,12 +33,11 @@ def test_the_codec_writes_the_same_bytes_on_both_devices(bits, name):
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
-def test_a_recipe_trains_on_a_gpu(tmp_path, amp):
+def test_a_recipe_trains_on_a_gpu(tmp_path, tiny_data, amp):
     from cyclebnn_dist import train
 
-    generate_sample(tmp_path / "data", num_train=80, num_val=30, image_size=40, seed=0)
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tmp_path / "data"))
+    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
     recipe = load_recipe(path, [f"train.amp={amp}", "model.channels_last=true", "wandb.mode=disabled"])
     assert train.main(recipe) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

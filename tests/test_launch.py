@@ -196,6 +196,7 @@ def test_a_dry_run_shows_the_batch_file_and_writes_nothing(recipe_file):
         "3",
         "--dry-run",
         "model.name=no_such_model",
+        "train.global_batch_size=240",
         cwd=recipe_file.parent,
     )
     assert "#SBATCH --nodes=3\n" in done.stdout

@@ -1,23 +1,22 @@
 """The commands as a user types them. Without these a documented line would end in a traceback."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
-from launching import ROOT, TINY_RECIPE
+from launching import ROOT, TINY_RECIPE, wait_until
 
 from cyclebnn_dist.__main__ import CONVENTION_NAMES, main
 from cyclebnn_dist.binary import CONVENTIONS
-from cyclebnn_dist.data.sample import generate_sample
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("main")
-    generate_sample(folder / "data", num_train=80, num_val=30, image_size=40, seed=0)
     path = folder / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(run_dir=folder / "run", data=folder / "data"))
+    path.write_text(TINY_RECIPE.format(run_dir=folder / "run", data=tiny_data))
     return path
 
 
@@ -166,3 +165,25 @@ def test_a_reader_that_has_seen_enough_is_no_error(recipe):
     line = f"{sys.executable} -m cyclebnn_dist config | head -n 1"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "Error" not in done.stderr
+
+
+def test_ctrl_c_on_the_plain_command_saves_and_goes_on_later(recipe):
+    run_dir = recipe.parent / "interrupted"
+    command = [
+        sys.executable,
+        "-m",
+        "cyclebnn_dist",
+        "train",
+        str(recipe),
+        f"run.dir={run_dir}",
+        "run.save_every=1000",
+    ]
+    command += ["train.epochs=100", "wandb.mode=disabled"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rows = run_dir / "metrics.jsonl"
+    assert wait_until(lambda: rows.exists() and rows.read_text().count("train") > 3, seconds=60)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
+    assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from cyclebnn_dist.metrics import Journal, Totals, read_journal
+from cyclebnn_dist.config import WandbConfig
+from cyclebnn_dist.metrics import Journal, Totals, WandbRun, read_journal
 from cyclebnn_dist.metrics.wandb_run import resolve_mode
 from cyclebnn_dist.precision.schedule import Widths
 
@@ -50,3 +51,21 @@ def test_without_a_key_nothing_asks_for_a_login(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     assert resolve_mode("auto") == "offline"
+
+
+def test_every_row_is_json_for_strict_readers(tmp_path):
+    journal = Journal(tmp_path, life=1)
+    journal.write({"event": "train", "step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.1})
+    journal.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert (row["loss"], row["grad_norm"], row["lr"]) == (None, None, 0.1)
+
+
+def test_a_run_goes_on_when_wandb_does_not(tmp_path, caplog):
+    config = WandbConfig(mode="offline", project="refused/by/wandb")
+    run = WandbRun(tmp_path, config, recipe={"a": 1}, enabled=True)
+    run.log({"loss": 1.0}, step=1)
+    run.summarize({"top1": 2.0})
+    run.finish()
+    assert "goes on without Weights & Biases" in caplog.text

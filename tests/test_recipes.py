@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cyclebnn_dist.config import load_recipe
-from cyclebnn_dist.models import describe_recipe
+from cyclebnn_dist.models.summary import describe_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -11,22 +11,14 @@ from worlds import make_world
 
 from cyclebnn_dist import evaluate, train
 from cyclebnn_dist.config import RecipeError, load_recipe
-from cyclebnn_dist.data.sample import generate_sample
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "tiny"
-    generate_sample(path, num_train=80, num_val=30, image_size=40, seed=0)
-    return path
-
-
 @pytest.fixture
-def recipe_file(tmp_path, data):
+def recipe_file(tmp_path, tiny_data):
     path = tmp_path / "tiny.yaml"
-    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=data))
+    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
     return path
 
 
@@ -166,6 +158,31 @@ def test_evaluating_the_checkpoint_gives_what_training_reported(ranks, recipe_fi
                 assert result[name] == summary[f"eval_{name}"], name
 
 
+@pytest.mark.parametrize("override", ["model.name=resnet34", "optim.lr=1"])
+def test_an_evaluation_refuses_keys_it_would_ignore(ranks, recipe_file, override):
+    with pytest.raises(RecipeError, match="does not concern an evaluation"):
+        evaluate.check_overrides([override])
+    assert evaluate.check_overrides(["eval.forward_bits=4", "data.path=/x"]) == [
+        "eval.forward_bits=4",
+        "data.path=/x",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "bits"),
+    [
+        (["binary.method=none"], 2, {"forward": 32, "backward": 32, "communication": 8}),
+        (["binary.method=bireal"], 1, {"forward": 32, "backward": 32, "communication": 32}),
+        ([], 1, {"forward": 6, "backward": 8, "communication": 32}),
+    ],
+)
+def test_only_widths_that_were_used_are_reported(ranks, recipe_file, overrides, size, bits):
+    assert ranks(size, run, recipe_file, ["train.epochs=1", *overrides]) == [0] * size
+    summary = json.loads((recipe_file.parent / "run" / "summary.json").read_text())
+    assert {channel: used["max"] for channel, used in summary["bits"].items()} == bits
+    assert summary["eval_forward_bits"] == bits["forward"]
+
+
 def refused(rank, size, path, overrides):
     return run(rank, size, path, overrides)
 
@@ -186,6 +203,12 @@ def test_what_cannot_be_is_refused_by_every_rank_and_leaves_nothing(ranks, recip
     answers = ranks(2, refused, recipe_file, overrides)
     assert all(str(answer).startswith(f"{key}: ") for answer in answers), answers
     assert not (recipe_file.parent / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(ranks, recipe_file):
+    (answer,) = ranks(1, run, recipe_file, [f"run.dir={recipe_file}/below/a/file"])
+    assert answer.startswith("run.dir: ")
+    assert "is a file" in answer
 
 
 def test_a_folder_that_is_no_runs_is_left_alone(ranks, recipe_file):

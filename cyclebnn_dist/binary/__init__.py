@@ -7,7 +7,7 @@ from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
 from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
 from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
-from cyclebnn_dist.binary.widths import set_progress, set_widths
+from cyclebnn_dist.binary.widths import scheduled_precision, set_progress, set_widths
 
 __all__ = [
     "CONVENTIONS",
@@ -24,6 +24,7 @@ __all__ = [
     "count",
     "methods",
     "parameter_kinds",
+    "scheduled_precision",
     "set_progress",
     "set_widths",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from cyclebnn_dist.binary.quantizers import OFF_BITS, Binarizer
+from cyclebnn_dist.config.recipe import PrecisionConfig, WidthConfig
 
 
 def binarizers(model: nn.Module) -> Iterator[tuple[str, Binarizer]]:
@@ -17,6 +19,14 @@ def binarizers(model: nn.Module) -> Iterator[tuple[str, Binarizer]]:
     for name, module in model.named_modules():
         if isinstance(module, Binarizer):
             yield name, module
+
+
+def scheduled_precision(precision: PrecisionConfig, model: nn.Module) -> PrecisionConfig:
+    """The recipe's widths with forward and backward off (32) where no layer of the model follows a schedule."""
+    if any(binarizer.follows_schedule for _, binarizer in binarizers(model)):
+        return precision
+    off = WidthConfig(schedule="constant", low=OFF_BITS, high=OFF_BITS)
+    return replace(precision, forward=off, backward=off)
 
 
 def set_widths(

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from cyclebnn_dist.config.recipe import CommConfig, PrecisionConfig, WidthConfig
 
-FIXED_BITS = {"bf16": 16, "fp32": 32}
+FULL_BITS = 32
+FIXED_BITS = {"bf16": 16, "fp32": FULL_BITS}
 
 
 def communicated_precision(
@@ -14,12 +15,9 @@ def communicated_precision(
 ) -> PrecisionConfig:
     """The recipe's widths with the communication channel as ``comm.mode`` decides it.
 
-    ``auto`` quantizes where there is something to send: with one rank nothing is, and gradients stay as they are.
+    With one rank nothing is sent, and gradients stay as they are. ``auto`` is ``quantized`` with more than one.
     """
-    mode = comm.mode
-    if mode == "auto":
-        mode = "quantized" if world_size > 1 else "fp32"
-    if mode == "quantized":
+    if world_size > 1 and comm.mode in ("auto", "quantized"):
         return precision
-    bits = FIXED_BITS[mode]
+    bits = FIXED_BITS[comm.mode] if world_size > 1 else FULL_BITS
     return replace(precision, communication=WidthConfig(schedule="constant", low=bits, high=bits))

@@ -64,6 +64,7 @@ def load_settings(
     origin: dict[str, str] = {}
     for file, mapping in sources:
         _check_keys(settings, mapping, file, origin)
+    _refuse_open_keys([mapping for _, mapping in sources], origin)
     try:
         merged = OmegaConf.merge(schema.plain(settings()), *(mapping for _, mapping in sources))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -200,6 +201,25 @@ def _override(settings: type, text: str) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return value
+
+
+def _refuse_open_keys(mappings: Sequence[Mapping[str, Any]], origin: Mapping[str, str]) -> None:
+    """Refuse keys whose last word is ``???``, OmegaConf's "to be given": a merge would keep what was there before."""
+    last: dict[str, Any] = {}
+
+    def note(mapping: Mapping[str, Any], prefix: str) -> None:
+        for name, value in mapping.items():
+            last[f"{prefix}{name}"] = value
+            if isinstance(value, Mapping):
+                note(value, f"{prefix}{name}.")
+
+    for mapping in mappings:
+        note(mapping, "")
+    for key, value in last.items():
+        if value == "???":
+            raise RecipeError(
+                key, "has no value", f"give it one, e.g. {key}=... on the command line", origin[key]
+            )
 
 
 def _check_keys(

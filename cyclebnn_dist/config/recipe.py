@@ -44,7 +44,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     """How many of the newest complete checkpoints stay on disk (at least 1)."""
     extend_epochs: bool = False
-    """Allow a resumed run another train.epochs than it began with, although that changes every schedule."""
+    """Allow a resumed run more train.epochs than it began with, although that changes every schedule."""
     collective_timeout_seconds: float = 1800.0
     """A collective operation that takes longer than this ends the run."""
 

@@ -67,7 +67,7 @@ def resume_differences(saved: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]
     """Compare the recipe a run was started with to the one it is started with now.
 
     Returns:
-        Changed keys that may change (MAY_CHANGE, and train.epochs under run.extend_epochs), each with (saved, new) value.
+        Changed keys that may change (MAY_CHANGE, and more train.epochs under run.extend_epochs), each with (saved, new) value.
 
     Raises:
         RecipeError: other keys differ; every one of them is named with both values.
@@ -75,13 +75,13 @@ def resume_differences(saved: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]
     old_values, new_values = flatten(saved), flatten(new)
     changed = {key: (old, new_values[key]) for key, old in old_values.items() if old != new_values[key]}
     refused = [key for key in changed if key not in MAY_CHANGE]
-    if new.run.extend_epochs:
+    if new.run.extend_epochs and new.train.epochs > saved.train.epochs:
         refused = [key for key in refused if key != "train.epochs"]
     if refused:
         first, *others = (f"{key}: {_show(changed[key][0])} -> {_show(changed[key][1])}" for key in refused)
         cure = f"put back what was there, or start afresh with another run.dir (now {new.run.dir})"
         if "train.epochs" in refused:
-            cure += "\n  run.extend_epochs=true allows another train.epochs; it changes every schedule from here on"
+            cure += "\n  run.extend_epochs=true allows more train.epochs; that changes every schedule from here on"
         problem = first.partition(": ")[2] + "".join(f"\n{other}" for other in others)
         raise RecipeError(refused[0], f"{problem}\n  this run was started with another recipe", cure)
     return changed
@@ -118,7 +118,13 @@ def _power_of_two(value: int) -> bool:
     return 16 <= value <= 65536 and value & (value - 1) == 0
 
 
+def _without(characters: str) -> Callable[[Any], bool]:
+    return lambda value: not set(characters) & set(value)
+
+
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("run.dir", _without("%"), "without a percent sign, which job schedulers expand"),
+    ("wandb.project", _without("/\\#?%:"), "without any of / \\ # ? % :, which Weights & Biases refuses"),
     ("run.dir data.path model.name wandb.project", bool, "not empty"),
     ("run.seed", _between(0, 2**31 - 1), "from 0 to 2147483647"),
     (
@@ -253,6 +259,12 @@ def _check_model(recipe: Recipe) -> None:
             "model.weights",
             "stands beside model.pretrained=true",
             "there is one start: set only one of the two",
+        )
+    if recipe.model.compile and recipe.engine.bucket_mb < 1:
+        raise RecipeError(
+            "engine.bucket_mb",
+            f"{recipe.engine.bucket_mb} is below 1 beside model.compile=true",
+            "torch's compiler cuts a model at DDP's buckets, and needs them to be 1 MiB or more",
         )
     taken: Mapping[str, str] = {
         "num_classes": "model.num_classes",

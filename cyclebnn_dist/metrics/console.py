@@ -7,7 +7,7 @@ import sys
 from datetime import timedelta
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from cyclebnn_dist.precision.schedule import Widths
 
@@ -23,9 +23,12 @@ class Console:
         self._bar: Progress | None = None
         if enabled and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=20), console=RichConsole(stderr=True)
+                BarColumn(bar_width=10),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                console=RichConsole(stderr=True),
             )
-            self._task = self._bar.add_task("starting", total=total_steps)
+            self._task = self._bar.add_task("", total=total_steps)
             self._bar.start()
 
     def progress(
@@ -41,16 +44,17 @@ class Console:
         """Show where the run is. ``step`` counts finished steps."""
         if not self._enabled:
             return
-        digits = len(str(self._total))
-        line = (
-            f"step {step:>{digits}}/{self._total}  loss {loss:7.4f}  lr {lr:.2e}  "
-            f"bits fwd {widths.forward_bits} bwd {widths.backward_bits} comm {widths.communication_bits}  "
-            f"{images_per_second:7.1f} images/s  left {timedelta(seconds=round(seconds_left))}"
-        )
+        left = timedelta(seconds=round(seconds_left))
         if self._bar is not None:
+            bits = f"{widths.forward_bits}/{widths.backward_bits}/{widths.communication_bits}"
+            line = f"loss {loss:.4f} lr {lr:.1e} bits {bits} {images_per_second:.0f} images/s left {left}"
             self._bar.update(self._task, completed=step, description=line)
-        else:
-            log.info(line)
+            return
+        log.info(
+            f"step {step:>{len(str(self._total))}}/{self._total}  loss {loss:7.4f}  lr {lr:.2e}  "
+            f"bits fwd {widths.forward_bits} bwd {widths.backward_bits} comm {widths.communication_bits}  "
+            f"{images_per_second:7.1f} images/s  left {left}"
+        )
 
     def close(self) -> None:
         if self._bar is not None:

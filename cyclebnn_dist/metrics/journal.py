@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ class Journal:
             self._file.write("\n")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row; it is in the operating system's hands when this returns."""
-        self._file.write(json.dumps({"life": self._life, **row}) + "\n")
+        """Append one row; numbers that are not finite become null. The system has it when this returns."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps({"life": self._life, **finite}, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._file.close()

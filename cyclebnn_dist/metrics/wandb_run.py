@@ -36,7 +36,6 @@ class WandbRun:
             id_file.write_text(uuid.uuid4().hex[:8] + "\n")
         arguments: dict[str, Any] = {
             "id": id_file.read_text().strip(),
-            "resume": "allow" if mode == "online" else None,
             "project": config.project,
             "entity": config.entity or None,
             "group": config.group or None,
@@ -48,13 +47,7 @@ class WandbRun:
                 init_timeout=INIT_TIMEOUT_SECONDS, console="off", disable_git=True, silent=True
             ),
         }
-        try:
-            self._run = wandb.init(mode=mode, **arguments)
-        except Exception as error:
-            log.warning(
-                "Weights & Biases did not start online (%s); writing offline to %s", error, run_dir / "wandb"
-            )
-            self._run = wandb.init(mode="offline", **{**arguments, "resume": None})
+        self._run = _start(mode, arguments)
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, row: dict[str, Any], *, step: int) -> None:
@@ -71,6 +64,19 @@ class WandbRun:
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def _start(mode: Literal["online", "offline", "disabled"], arguments: dict[str, Any]) -> wandb.Run:
+    """A run in the mode asked for, else offline, else one that writes nothing."""
+    attempts: list[Literal["online", "offline", "disabled"]] = [mode, "offline"]
+    for attempt in dict.fromkeys(attempts):
+        resume: dict[str, Any] = {"resume": "allow"} if attempt == "online" else {}
+        try:
+            return wandb.init(mode=attempt, **resume, **arguments)
+        except Exception as error:
+            log.warning("Weights & Biases did not start %s: %s", attempt, error)
+    log.warning("this run goes on without Weights & Biases; metrics.jsonl has everything")
+    return wandb.init(mode="disabled")
 
 
 def resolve_mode(mode: str) -> Literal["online", "offline", "disabled"]:
