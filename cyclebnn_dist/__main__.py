@@ -12,6 +12,7 @@ from pathlib import Path
 from cyclebnn_dist.config import RecipeError, load_recipe
 
 FAILED, REFUSED = 1, 2
+CONVENTION_NAMES = ("bireal", "elementwise", "bnext", "fvbitcore")
 OVERRIDES = "recipe keys to change, e.g. optim.lr=3e-4 precision.communication.low=2"
 
 
@@ -84,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_recipe(summary)
     summary.add_argument("--json", action="store_true", help="print one JSON object")
+    summary.add_argument(
+        "--convention",
+        choices=CONVENTION_NAMES,
+        default=CONVENTION_NAMES[0],
+        help="how operations are added up: bireal (BOPs / 64 + FLOPs); elementwise (normalizations, activations and "
+        "additions too); bnext (stem, classifier and gates at 8 bits); fvbitcore (BOPs / 32)",
+    )
 
     config = command(
         "config",
@@ -149,7 +157,7 @@ def _summary(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     from cyclebnn_dist.models.summary import summarize_recipe
 
-    print(summarize_recipe(recipe, as_json=options.json))
+    print(summarize_recipe(recipe, as_json=options.json, convention=options.convention))
     return 0
 
 

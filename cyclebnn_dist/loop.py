@@ -13,8 +13,9 @@ from torch import nn
 
 from cyclebnn_dist import resume
 from cyclebnn_dist.agreement import compare_parameters, digest
-from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.evaluate import evaluate
+from cyclebnn_dist.losses import kurtosis_penalty
 from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.precision.schedule import Widths
 from cyclebnn_dist.run import Run
@@ -93,6 +94,7 @@ def train_step(run: Run) -> StepResult:
     total_loss = torch.zeros((), device=run.world.device)
     data_seconds = 0.0
     stop = False
+    set_progress(run.model, step / run.total_steps)
     for micro_step in range(accumulation):
         last = micro_step == accumulation - 1
         set_widths(
@@ -109,6 +111,8 @@ def train_step(run: Run) -> StepResult:
             logits = run.engine.forward(batch.images)
             loss = nn.functional.cross_entropy(
                 logits, batch.labels, label_smoothing=recipe.train.label_smoothing
+            ) + kurtosis_penalty(
+                run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
             )
             if last:
                 stop = run.agreement.finish()

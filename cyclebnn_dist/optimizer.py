@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import OptimConfig
 from cyclebnn_dist.timm_import import timm
 
@@ -18,27 +21,63 @@ ParameterKind = Literal["binary", "real", "other"]
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, kinds: Mapping[str, ParameterKind]
 ) -> torch.optim.Optimizer:
-    """An optimizer with one group each for latent binary weights, real weights, and the rest (never decayed).
+    """An optimizer with a group each for latent binary weights, real weights, the rest, and what has a decay of its own.
 
     Args:
         kinds: kind of every parameter by qualified name, as ``binary.parameter_kinds`` gives it.
+
+    Raises:
+        RecipeError: a pattern of ``optim.weight_decay_of`` matches no parameter.
     """
-    settings = {
-        "binary": {"weight_decay": config.binary_weight_decay, "lr_scale": config.binary_lr_scale},
-        "real": {"weight_decay": config.weight_decay, "lr_scale": 1.0},
-        "other": {"weight_decay": 0.0, "lr_scale": 1.0},
+    decays = {
+        "binary": config.binary_weight_decay,
+        "real": config.weight_decay,
+        "other": config.other_weight_decay,
     }
-    groups: list[dict[str, Any]] = []
-    for kind, setting in settings.items():
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and kinds[name] == kind]
-        if named:
-            groups.append({"params": [p for _, p in named], "names": [n for n, _ in named], **setting})
+    lr_scales = {"binary": config.binary_lr_scale, "real": 1.0, "other": config.other_lr_scale}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _check_patterns(config, trained)
+    by_setting: dict[tuple[str, float], list[str]] = {}
+    for kind, usual in decays.items():
+        by_setting[kind, usual] = []
+        for name in trained:
+            if kinds[name] == kind:
+                by_setting.setdefault((kind, _decay_of(name, config, usual=usual)), []).append(name)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [trained[name] for name in names],
+            "names": names,
+            "weight_decay": decay,
+            "lr_scale": lr_scales[kind],
+        }
+        for (kind, decay), names in by_setting.items()
+        if names
+    ]
     options: dict[str, Any] = {}
     if config.name == "sgd":
         options["momentum"] = config.momentum
     else:
         options["betas"] = tuple(config.betas)
     return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=config.lr, **options)
+
+
+def _decay_of(name: str, config: OptimConfig, *, usual: float) -> float:
+    """Decay of the first pattern this parameter matches, else the usual one of its kind."""
+    for pattern, decay in config.weight_decay_of.items():
+        if fnmatchcase(name, pattern):
+            return decay
+    return usual
+
+
+def _check_patterns(config: OptimConfig, names: Collection[str]) -> None:
+    for pattern in config.weight_decay_of:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=4, cutoff=0.3) or list(names)[:4]
+            raise RecipeError(
+                "optim.weight_decay_of",
+                f"'{pattern}' matches no parameter of this model",
+                f"near it: {', '.join(near)}",
+            )
 
 
 def learning_rate(step: int, config: OptimConfig, *, total_steps: int, steps_per_epoch: int) -> float:

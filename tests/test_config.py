@@ -196,6 +196,12 @@ def test_recipes_that_inherit_in_a_circle_are_refused_not_followed(tmp_path):
         (["train.global_batch_size=6", "train.accumulation=4"], "train.accumulation"),
         (["train.epochs=0"], "train.epochs"),
         (["train.label_smoothing=1"], "train.label_smoothing"),
+        (["loss.kurtosis_weight=-1"], "loss.kurtosis_weight"),
+        (["loss.kurtosis_target=0.9"], "loss.kurtosis_target"),
+        (["optim.other_weight_decay=-1"], "optim.other_weight_decay"),
+        (['optim.weight_decay_of={"conv1.*": -1}'], "optim.weight_decay_of.conv1.*"),
+        (["binary.keep_stem=false", "binary.keep_deep_stem=true"], "binary.keep_deep_stem"),
+        (['binary.methods={"layer4.*": bnm}'], "binary.methods.layer4.*"),
         (["train.clip_norm=-1"], "train.clip_norm"),
         (["train.ema_decay=1"], "train.ema_decay"),
         (["run.keep_checkpoints=0"], "run.keep_checkpoints"),
@@ -385,3 +391,13 @@ def test_a_run_may_be_made_longer_but_not_shorter():
         else:
             with pytest.raises(RecipeError, match=r"10\.0 -> 8\.0"):
                 resume_differences(saved, new)
+
+
+def test_globs_as_keys_come_back_from_the_run_folder(tmp_path):
+    """A dot in a key must not be taken for a level of the recipe."""
+    path = write(tmp_path, "binary: {methods: {layer4.*: bireal}}\noptim: {weight_decay_of: {conv1.*: 1e-8}}")
+    recipe = load_recipe(path)
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_saved(tmp_path / "saved.yaml") == recipe
+    assert recipe.binary.methods == {"layer4.*": "bireal"}
+    assert recipe.optim.weight_decay_of == {"conv1.*": 1e-8}

@@ -1,14 +1,138 @@
 """Counts against published tables and against plain arithmetic."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import nn
 
-from cyclebnn_dist.binary import binarize_, count, set_widths
+from cyclebnn_dist.binary import CONVENTIONS, binarize_, count, set_widths
 from cyclebnn_dist.config.recipe import BinaryConfig
 from cyclebnn_dist.timm_import import timm
+
+
+class SqueezeExcite(nn.Module):
+    """BNext's gate: W2 relu(W1 mean(x)), ratio 8, with biases."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(width, width // 8, 1), nn.Conv2d(width // 8, width, 1)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+class Unit(nn.Module):
+    """A binary convolution with batch normalization, shortcut and PReLU; BNext's also mixes, gates and normalizes again."""
+
+    def __init__(self, width, kernel, stride, *, gated):
+        super().__init__()
+        self.move = nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.conv = nn.Conv2d(width, width, kernel, stride, kernel // 2, bias=False)
+        self.norm, self.act = nn.BatchNorm2d(width), nn.PReLU(width)
+        self.pool = nn.AvgPool2d(2) if stride == 2 else nn.Identity()
+        self.gated = gated
+        if gated:
+            self.mix = nn.Parameter(torch.full((1, width, 1, 1), 0.5))
+            self.se, self.norm2 = SqueezeExcite(width), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        y, residual = self.norm(self.conv(x + self.move)), self.pool(x)
+        if not self.gated:
+            return self.act(y + residual)
+        y = self.act(y)
+        y = self.se(self.mix * residual + (1 - self.mix) * y) * y
+        return self.norm2(y) + residual
+
+
+class ReActNetLike(nn.Module):
+    """The topology of ReActNet-A, and, gated, of BNext: 3x3 then 1x1, widths doubled by two 1x1 side by side."""
+
+    def __init__(self, width, *, gated):
+        super().__init__()
+        self.pretrained_cfg = {"first_conv": "stem.0", "classifier": "fc"}
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
+        blocks, before = [], width
+        for after in [width * factor for factor in (2, 4, 4, 8, 8, *[16] * 6, 32, 32)]:
+            stride = 2 if after != before and before != width else 1
+            first = Unit(before, 3, stride, gated=gated)
+            blocks.append(
+                nn.ModuleList([first, *(Unit(before, 1, 1, gated=gated) for _ in range(after // before))])
+            )
+            before = after
+        self.blocks = nn.ModuleList(blocks)
+        self.fc = nn.Linear(before, 1000)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for first, *rest in self.blocks:
+            x = first(x)
+            x = torch.cat([unit(x) for unit in rest], 1)
+        return self.fc(x.mean((2, 3)))
+
+
+@functools.cache
+def binary_reactnet_like(width, gated):
+    model = ReActNetLike(width, gated=gated)
+    binarize_(model, BinaryConfig(method="bnn", activation="keep"), input_size=(3, 224, 224))
+    return model
+
+
+def test_reactnet_a_costs_what_is_published():
+    """4.82e9 BOPs, 0.12e8 FLOPs, 0.87e8 OPs; with normalization and activation 0.31e8 FLOPs, 1.06e8 OPs."""
+    model = binary_reactnet_like(32, False)
+    counts = count(model, input_size=(3, 224, 224))
+    assert counts.bops == pytest.approx(4.817e9, rel=1e-3)
+    assert counts.flops == pytest.approx(0.1186e8, rel=1e-3)
+    assert counts.ops == pytest.approx(0.871e8, rel=1e-3)
+    counts = dataclasses.replace(counts, convention="elementwise")
+    assert counts.charged_flops == pytest.approx(0.31e8, rel=0.02)
+    assert counts.ops == pytest.approx(1.06e8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("width", "ops", "full_ops", "degree", "binary_params", "size_mib"),
+    [
+        (32, 0.077e9, 88.6e6, 0.9781, 28.25e6, 13.4),
+        (48, 0.172e9, 190.5e6, 0.9847, 63.57e6, 26.7),
+    ],
+    ids=["T", "S"],
+)
+def test_bnext_costs_what_is_published(width, ops, full_ops, degree, binary_params, size_mib):
+    """Its table charges stem, classifier and squeeze-and-excitation at 8 bits: without that no row can be met."""
+    counts = count(binary_reactnet_like(width, True), input_size=(3, 224, 224), convention="bnext")
+    assert counts.ops == pytest.approx(ops, rel=0.01)
+    assert counts.bops / 64 / counts.ops == pytest.approx(degree, abs=5e-4)
+    assert counts.binary_params == pytest.approx(binary_params, rel=1e-3)
+    assert counts.size_bits / 8 / 2**20 == pytest.approx(size_mib, rel=0.01)
+    usual = dataclasses.replace(counts, convention="bireal")
+    assert usual.ops == pytest.approx(full_ops, rel=0.01)
+
+
+def test_conventions_differ_in_what_they_charge():
+    counts = resnet18("bnn", side=64)
+    by_name = {name: dataclasses.replace(counts, convention=name) for name in CONVENTIONS}
+    assert by_name["bireal"].ops == counts.bops / 64 + counts.flops == counts.ops
+    assert by_name["fvbitcore"].ops == counts.bops / 32 + counts.flops
+    ends = 3 * 49 * 64 * 32 * 32 + 512 * 1000
+    assert counts.edge_macs == ends
+    assert by_name["bnext"].ops == pytest.approx(counts.ops - ends * 7 / 8)
+
+
+def test_elementwise_operations_are_counted_where_they_run():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.PReLU()
+
+        def forward(self, x):
+            return self.act(self.norm(self.conv(x)) + x) + 1.0
+
+    counts = count(Small(), input_size=(3, 4, 5), convention="elementwise")
+    assert counts.elementwise == (2 + 1 + 1) * 60
+    assert counts.ops == 9 * 20 + 4 * 60
 
 
 def resnet18(method, *, side=224, **rules):
@@ -18,9 +142,10 @@ def resnet18(method, *, side=224, **rules):
     return count(model, input_size=(3, side, side))
 
 
-def test_bireal_18_costs_what_is_published():
+@pytest.mark.parametrize("shortcut", ["block", "convolution"])
+def test_bireal_18_costs_what_is_published(shortcut):
     """BCDNet's table: 1.68e9 BOPs, 1.39e8 FLOPs, 1.63e8 OPs; recomputed 1.676e9, 1.378e8, 1.640e8."""
-    counts = resnet18("bireal")
+    counts = resnet18("bireal", shortcut=shortcut)
     assert counts.bops == pytest.approx(1.676e9, rel=1e-3)
     assert counts.flops == pytest.approx(1.378e8, rel=1e-3)
     assert counts.ops == pytest.approx(1.640e8, rel=1e-3)
@@ -37,7 +162,7 @@ def test_real_resnet18_costs_what_is_published():
 
 def test_xnor_net_resnet18_costs_what_is_published():
     """ReActNet's README: 1.67e8 OPs; downsample convolutions real."""
-    assert resnet18("bnn").ops == pytest.approx(1.67e8, rel=0.02)
+    assert resnet18("xnor").ops == pytest.approx(1.67e8, rel=0.02)
 
 
 def test_resnet18_size_is_one_bit_a_binary_weight():

@@ -8,7 +8,8 @@ import sys
 import pytest
 from launching import ROOT, TINY_RECIPE, wait_until
 
-from cyclebnn_dist.__main__ import main
+from cyclebnn_dist.__main__ import CONVENTION_NAMES, main
+from cyclebnn_dist.binary import CONVENTIONS
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,49 @@ def test_summary_prints_one_object_that_follows_overrides(recipe, capsys):
     assert keys <= first.keys()
     assert len(second["layers"]) > len(first["layers"])
     assert (first["method"], second["method"]) == ("cyclebnn", "bireal")
+
+
+def test_summary_adds_up_by_the_convention_asked_for(recipe, capsys):
+    found = {}
+    for convention in CONVENTION_NAMES:
+        assert main(["summary", str(recipe), "--convention", convention, "--json"]) == 0
+        found[convention] = json.loads(capsys.readouterr().out)
+    assert set(CONVENTIONS) == set(CONVENTION_NAMES)
+    assert all(summary["convention"] == name for name, summary in found.items())
+    assert len({summary["ops"] for summary in found.values()}) == len(found)
+    assert main(["summary", str(recipe), "--convention", "fvbitcore"]) == 0
+    assert "BOPs / 32" in capsys.readouterr().out
+
+
+RECORD_PROGRESS = """
+import sys
+from cyclebnn_dist import loop
+from cyclebnn_dist.__main__ import main
+seen, original = [], loop.set_progress
+def record(model, progress):
+    seen.append(progress)
+    original(model, progress)
+loop.set_progress = record
+status = main(sys.argv[1:])
+print(*seen)
+sys.exit(status)
+"""
+
+
+def test_training_tells_the_layers_how_far_it_is(recipe):
+    """Otherwise a method's gradients would stay those of the end of the run."""
+    overrides = [f"run.dir={recipe.parent / 'progress'}", "binary.method=bnext", "loss.kurtosis_weight=0.1"]
+    done = subprocess.run(
+        [sys.executable, "-c", RECORD_PROGRESS, "train", str(recipe), *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = [float(word) for word in done.stdout.splitlines()[-1].split()]
+    assert len(seen) > 1
+    assert seen == pytest.approx([step / len(seen) for step in range(len(seen))])
 
 
 def test_config_lists_every_section(capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import OptimConfig
 from cyclebnn_dist.optimizer import (
     build_optimizer,
@@ -36,6 +37,36 @@ def test_each_kind_of_parameter_has_its_own_decay_and_rate(name):
         "0.bias": (0.0, 0.04),
         "1.bias": (0.0, 0.04),
     }
+
+
+def settings(optimizer):
+    return {name: (g["weight_decay"], g["lr"]) for g in optimizer.param_groups for name in g["names"]}
+
+
+def test_norms_and_biases_can_decay_and_have_a_rate_too():
+    """BNext decays everything but 4-D weights by 1e-3, and those by 1e-8."""
+    config = OptimConfig(
+        lr=0.1, weight_decay=1e-3, binary_weight_decay=1e-8, other_weight_decay=1e-3, other_lr_scale=0.5
+    )
+    optimizer = build_optimizer(small_model(), config, kinds=KINDS)
+    set_learning_rate(optimizer, 0.1)
+    assert settings(optimizer) == {
+        "0.weight": (1e-8, 0.1),
+        "1.weight": (1e-3, 0.1),
+        "0.bias": (1e-3, 0.05),
+        "1.bias": (1e-3, 0.05),
+    }
+
+
+def test_patterns_give_single_parameters_a_decay_of_their_own():
+    """BNext's stem is real, and yet decays as binary weights do."""
+    decays = {"1.w*": 1e-8, "1.*": 0.5}
+    config = OptimConfig(lr=0.1, weight_decay=0.3, binary_weight_decay=0.2, weight_decay_of=decays)
+    optimizer = build_optimizer(small_model(), config, kinds=KINDS)
+    found = {name: decay for name, (decay, _) in settings(optimizer).items()}
+    assert found == {"0.weight": 0.2, "0.bias": 0.0, "1.weight": 1e-8, "1.bias": 0.5}
+    with pytest.raises(RecipeError, match=r"'2\.weight' matches no parameter"):
+        build_optimizer(small_model(), OptimConfig(weight_decay_of={"2.weight": 0.0}), kinds=KINDS)
 
 
 def test_adamw_steps_as_its_paper_says():

@@ -53,14 +53,19 @@ def gradients(function, *inputs, seed=9):
     )
 
 
+CENTRED = {"adabin", "adabin_released", "irnet", "irnet_released", "recu"}
+"""Methods that take the sign of a weight less its filter's mean."""
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_no_binarizer_ever_gives_zero(method):
     x = torch.tensor([EDGES, EDGES[::-1], [0.0, -0.0] * 6], dtype=torch.float64)
     layer = binarizer(method, x, channel_dim=-1)
-    for values in (layer.binarize_input(x), layer.binarize_weight(x)):
-        assert (values != 0).all()
     assert torch.equal(layer.binarize_input(x), signs(x))
-    assert torch.equal(layer.binarize_weight(x).sign(), signs(x))
+    weight = layer.binarize_weight(x)
+    assert (weight != 0).all()
+    if method not in CENTRED:
+        assert torch.equal(weight.sign(), signs(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,13 +1,16 @@
 """Binary layers in any timm model: swapping, widths, counting."""
 
+from cyclebnn_dist.binary import methods as methods
+from cyclebnn_dist.binary.conventions import CONVENTIONS
 from cyclebnn_dist.binary.count import Counts, LayerCount, count
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
 from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
 from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
-from cyclebnn_dist.binary.widths import scheduled_precision, set_widths
+from cyclebnn_dist.binary.widths import scheduled_precision, set_progress, set_widths
 
 __all__ = [
+    "CONVENTIONS",
     "METHODS",
     "Binarizer",
     "BinaryConv2d",
@@ -19,7 +22,9 @@ __all__ = [
     "binarize_",
     "binary_modules",
     "count",
+    "methods",
     "parameter_kinds",
     "scheduled_precision",
+    "set_progress",
     "set_widths",
 ]

@@ -1,8 +1,8 @@
 """The counts of a model: operations, parameters and bits, for the whole and for each layer.
 
-Conventions, those of Bi-Real Net's and ReActNet's tables: an operation is a multiply-accumulate; a binary one counts
-1/64 in OPs; normalization, activations, biases, pooling and additions are not counted, matrix products outside
-layers (attention) are. A binary weight takes 1 bit, every other parameter 32.
+Conventions, those of Bi-Real Net's and ReActNet's tables unless another is asked for (see ``conventions``): an operation
+is a multiply-accumulate; a binary one counts 1/64 in OPs; normalization, activations, biases, pooling and additions are
+not counted, matrix products outside layers (attention) are. A binary weight takes 1 bit, every other parameter 32.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from cyclebnn_dist.binary.activations import Maxout
+from cyclebnn_dist.binary.conventions import CONVENTIONS
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import parameter_kinds
-from cyclebnn_dist.binary.swap import trial_forward
+from cyclebnn_dist.binary.rules import classifier_names, is_gate, stem_names
+from cyclebnn_dist.binary.trial import trial_forward
 
-BINARY_OPERATIONS_PER_OPERATION = 64
 REAL_BITS = 32
 
 
@@ -53,11 +56,24 @@ class Counts:
     scheduled_macs: int
     """Multiply-accumulates in layers whose operands have the schedule's widths in training."""
     layers: tuple[LayerCount, ...]
+    edge_macs: int = 0
+    """Of ``flops``, those in stem, classifier and gates, as far as these are layers."""
+    elementwise: int = 0
+    """Operations of normalizations, activations and additions of two tensors; not in ``flops``."""
+    convention: str = "bireal"
+    """By which of ``CONVENTIONS`` OPs are added up."""
+
+    @property
+    def charged_flops(self) -> float:
+        """What the convention charges for everything that is not binary; ``flops`` in the usual one."""
+        rule = CONVENTIONS[self.convention]
+        edges = self.edge_macs * rule.edge_share
+        return self.flops - self.edge_macs + edges + (self.elementwise if rule.elementwise else 0)
 
     @property
     def ops(self) -> float:
-        """BOPs / 64 + FLOPs."""
-        return self.bops / BINARY_OPERATIONS_PER_OPERATION + self.flops
+        """BOPs / 64 + FLOPs, or what the convention says."""
+        return self.bops * CONVENTIONS[self.convention].binary_share + self.charged_flops
 
     @property
     def size_bits(self) -> int:
@@ -70,11 +86,12 @@ class Counts:
         return self.bops + self.flops - self.scheduled_macs
 
 
-def count(model: nn.Module, *, input_size: tuple[int, int, int]) -> Counts:
+def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str = "bireal") -> Counts:
     """Count ``model`` by running it on one image; it is afterwards as before.
 
     Args:
         input_size: channels, height and width of an image.
+        convention: name of one of ``CONVENTIONS``.
     """
     macs: dict[str, int] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -93,7 +110,11 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int]) -> Counts:
         handles.append(layer.register_forward_hook(measure))
     try:
         # As plain products: the counter does not know every fused attention kernel.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            ElementwiseCounter(model) as elementwise,
+            FlopCounterMode(display=False) as counter,
+        ):
             trial_forward(model, input_size=input_size)
     finally:
         for handle in handles:
@@ -110,6 +131,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int]) -> Counts:
         for name, layer in layers.items()
     )
     bops = sum(row.macs for row in rows if row.binary)
+    edges = _edges(model, list(layers))
     kinds = parameter_kinds(model)
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Counts(
@@ -119,6 +141,67 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int]) -> Counts:
         binary_params=sum(numel for name, numel in numels.items() if kinds[name] == "binary"),
         scheduled_macs=sum(row.macs for row in rows if row.scheduled),
         layers=rows,
+        edge_macs=sum(row.macs for row in rows if not row.binary and row.name in edges),
+        elementwise=elementwise.operations,
+        convention=convention,
+    )
+
+
+class ElementwiseCounter(TorchDispatchMode):
+    """Operations of normalizations (2 an element), activation modules (1) and additions of two tensors of one shape (1)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.operations = 0
+        self._model = model
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> ElementwiseCounter:
+        for module in self._model.modules():
+            cost = _elementwise_cost(module)
+            if cost:
+
+                def add(module: nn.Module, inputs: Any, output: torch.Tensor, cost: int = cost) -> None:
+                    self.operations += cost * output.numel()
+
+                self._handles.append(module.register_forward_hook(add))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            one, other = args[:2]
+            # A broadcast operand is a bias or a threshold.
+            if isinstance(other, torch.Tensor) and one.shape == other.shape and one.is_floating_point():
+                self.operations += one.numel()
+        return result
+
+
+def _elementwise_cost(module: nn.Module) -> int:
+    if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm | nn.LayerNorm):
+        return 2
+    homes = {
+        "torch.nn.modules.activation",
+        "timm.layers.activations",
+        "timm.layers.activations_me",
+        Maxout.__module__,
+    }
+    return int(type(module).__module__ in homes and not isinstance(module, nn.MultiheadAttention))
+
+
+def _edges(model: nn.Module, names: list[str]) -> frozenset[str]:
+    """Names of layers in the stem, the classifier and gates."""
+    modules = dict(model.named_modules())
+    ends = stem_names(model) | classifier_names(model)
+    return frozenset(
+        name
+        for name in names
+        if is_gate(name, modules) or any(name == end or name.startswith(f"{end}.") for end in ends)
     )
 
 

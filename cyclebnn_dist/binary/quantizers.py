@@ -1,6 +1,7 @@
 """Binarizers: how a layer's weights and inputs become signs, one class per published method.
 
 A binarizer is a module owned by its layer. To add a method, subclass ``Binarizer`` and decorate it with ``@method``.
+Further methods are in ``cyclebnn_dist.binary.methods``.
 """
 
 from __future__ import annotations
@@ -50,22 +51,40 @@ class Binarizer(nn.Module):
     The layer computes ``scale_output(product(binarize_input(x), binarize_weight(w))) + bias``.
 
     Args:
-        weight: the layer's latent weight [filters, ...]; read to size and initialize parameters, not kept.
+        weight: the layer's latent weight [filters, channels / groups, ...]; read to size and initialize parameters, not
+            kept.
         channel_dim: dimension of the channels in inputs and outputs: 1 for convolutions, -1 for linear layers.
+        groups: groups of a convolution.
     """
 
     follows_schedule: ClassVar[bool] = False
     """Whether operands and gradients have the schedule's widths; others compute in full precision in training."""
 
     widths: Tensor
+    scheduled_phase: Tensor
+    final_phase: Tensor
 
-    def __init__(self, weight: Tensor, *, channel_dim: int) -> None:
+    def __init__(self, weight: Tensor, *, channel_dim: int, groups: int = 1) -> None:
         super().__init__()
         self.channel_dim = channel_dim
+        self.num_channels = weight.shape[1] * groups
         self.quantize_forward = False
         self.quantize_backward = False
         widths = torch.tensor([OFF_BITS, OFF_BITS, 1, 0], dtype=torch.int32, device=weight.device)
         self.register_buffer("widths", widths, persistent=False)
+        final = torch.tensor(self.phase_at(1.0), device=weight.device)
+        self.register_buffer("scheduled_phase", final.clone(), persistent=False)
+        self.register_buffer("final_phase", final, persistent=False)
+
+    @classmethod
+    def phase_at(cls, progress: float) -> tuple[float, ...]:
+        """The method's numbers that change over a run: a pure function of its progress, 0 at the start and 1 at the end."""
+        return ()
+
+    @property
+    def phase(self) -> Tensor:
+        """``phase_at`` this step's progress (see ``set_progress``) in training, at the end of the run in evaluation."""
+        return self.scheduled_phase if self.training else self.final_phase
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         """Two values a filter, in the shape of ``weight``."""
@@ -78,6 +97,13 @@ class Binarizer(nn.Module):
     def scale_output(self, y: Tensor) -> Tensor:
         """What the method does to the product before the bias is added."""
         return y
+
+    def input_magnitude(self, x: Tensor) -> Tensor | None:
+        """Magnitudes whose mean over each window multiplies the output, or None for none.
+
+        [batch, groups, ...] for a convolution with as many groups, [..., 1] for a linear layer.
+        """
+        return None
 
 
 @method("bnn")
@@ -154,8 +180,8 @@ class CycleBNN(Binarizer):
     noise: Tensor
     input_range: Tensor
 
-    def __init__(self, weight: Tensor, *, channel_dim: int) -> None:
-        super().__init__(weight, channel_dim=channel_dim)
+    def __init__(self, weight: Tensor, *, channel_dim: int, groups: int = 1) -> None:
+        super().__init__(weight, channel_dim=channel_dim, groups=groups)
         self.gain = weight[0].numel() ** -0.5
         magnitude = weight.detach().flatten(1).abs().mean(1) / self.gain
         self.alpha = nn.Parameter(torch.where(magnitude > 0.0, magnitude, torch.ones_like(magnitude)))
@@ -168,7 +194,7 @@ class CycleBNN(Binarizer):
     def binarize_weight(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             rows = at_least_fp32(as_rows(weight.detach()))
-            mean, deviation = _mean_and_deviation(rows)
+            mean, deviation = mean_and_deviation(rows)
             low, high = rows.amin(1), rows.amax(1)
             offset, step = _sign_offset(low, high, self.widths[0], quantized=self.quantize_forward)
         statistics = (per_filter(value, weight) for value in (offset, mean, deviation))
@@ -179,7 +205,7 @@ class CycleBNN(Binarizer):
     def binarize_input(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             rows = at_least_fp32(as_rows(x.detach()))
-            mean, deviation = _mean_and_deviation(rows)
+            mean, deviation = mean_and_deviation(rows)
             if not self.training and not self.standardize_in_evaluation:
                 deviation = torch.ones_like(deviation)
             low, high = (rows.amin(1) / deviation).amin(), (rows.amax(1) / deviation).amax()
@@ -221,7 +247,7 @@ class CycleBNNReleased(CycleBNN):
     correct_range_bias: ClassVar[bool] = False
 
 
-def _mean_and_deviation(rows: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_deviation(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean, and root of the unbiased variance plus epsilon, of each row of a matrix."""
     numel = rows.shape[1]
     mean = rows.mean(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -50,15 +51,19 @@ def is_gate(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-def stem_names(model: nn.Module) -> frozenset[str]:
-    """Names of the first convolutions: timm's ``first_conv``, else the first convolution or linear layer there is."""
-    names = _configured(model, "first_conv")
-    if names:
+def stem_names(model: nn.Module, *, deep: bool = False) -> frozenset[str]:
+    """Names of the first convolutions: timm's ``first_conv``, else the first convolution or linear layer there is.
+
+    Args:
+        deep: the whole stem instead: the model's child that holds a first convolution, unless it holds most layers.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    names = _configured(model, "first_conv") or frozenset(layers[:1])
+    if not deep:
         return names
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            return frozenset({name})
-    return frozenset()
+    children = {name: name.partition(".")[0] for name in names}
+    sizes = Counter(layer.partition(".")[0] for layer in layers)
+    return frozenset(child if 2 * sizes[child] < len(layers) else name for name, child in children.items())
 
 
 def classifier_names(model: nn.Module) -> frozenset[str]:
@@ -82,8 +87,8 @@ def reason_to_stay(
     classifier: frozenset[str],
 ) -> str:
     """Why this layer is not swapped; empty if it is."""
-    if rules.method == "none":
-        return "binary.method is none"
+    if method_of(name, rules) == "none":
+        return "binary.method is none" if rules.method == "none" else "method none by binary.methods"
     if _within(name, stem) and rules.keep_stem:
         return "stem"
     if _within(name, classifier) and rules.keep_classifier:
@@ -105,13 +110,22 @@ def reason_to_stay(
     return ""
 
 
+def method_of(name: str, rules: BinaryConfig) -> str:
+    """The method of this layer: that of the first pattern in ``rules.methods`` it matches, else ``rules.method``."""
+    for pattern, method in rules.methods.items():
+        if fnmatchcase(name, pattern):
+            return method
+    return rules.method
+
+
 def check_patterns(rules: BinaryConfig, names: Sequence[str]) -> None:
     """Refuse a pattern that matches no layer: it is misspelt, or meant for another model.
 
     Raises:
         RecipeError: naming the pattern and the nearest layer names.
     """
-    for key, patterns in (("include", rules.include), ("exclude", rules.exclude)):
+    given = (("include", rules.include), ("exclude", rules.exclude), ("methods", tuple(rules.methods)))
+    for key, patterns in given:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = nearest_patterns(pattern, names)
@@ -135,11 +149,9 @@ def nearest_patterns(pattern: str, names: Iterable[str]) -> list[str]:
 def _is_plain(layer: nn.Module) -> bool:
     """Whether the layer computes what torch's own class does; subclasses standardize weights, pad otherwise, and more."""
     kind = type(layer)
-    # timm's Linear only casts its parameters, and only when scripted.
-    return kind in (nn.Conv2d, nn.Linear) or (kind.__module__, kind.__name__) == (
-        "timm.layers.linear",
-        "Linear",
-    )
+    # timm's Linear only casts its parameters, and only when scripted; its Conv2dSame has a binary counterpart.
+    known = {("timm.layers.linear", "Linear"), ("timm.layers.conv2d_same", "Conv2dSame")}
+    return kind in (nn.Conv2d, nn.Linear) or (kind.__module__, kind.__name__) in known
 
 
 def _configured(model: nn.Module, key: str) -> frozenset[str]:

@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
+from cyclebnn_dist.binary.activations import (
+    ONE_SIDED_ACTIVATIONS,
+    PER_CHANNEL,
+    Channels,
+    find_channels,
+    make_activation,
+)
+from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryConv2dSame, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules
-from cyclebnn_dist.binary.rules import check_patterns, classifier_names, is_gate, reason_to_stay, stem_names
+from cyclebnn_dist.binary.rules import (
+    check_patterns,
+    classifier_names,
+    is_gate,
+    method_of,
+    reason_to_stay,
+    stem_names,
+)
+from cyclebnn_dist.binary.shortcuts import add_shortcuts_, replace_stem_pool_
+from cyclebnn_dist.binary.trial import trial_forward
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig
 
 log = logging.getLogger(__name__)
-
-ONE_SIDED_ACTIVATIONS = frozenset(
-    {
-        "GELU",
-        "GELUTanh",
-        "HardMish",
-        "HardSwish",
-        "Hardswish",
-        "LeakyReLU",
-        "Mish",
-        "QuickGELU",
-        "ReLU",
-        "ReLU6",
-    }
-    | {"SiLU", "SquaredReLU", "Swish"}
-)
-"""Classes, of torch and timm, whose results are (nearly) never below 0: their signs would say nothing."""
 
 _SEPARATE_BIAS = "qkv_bias_separate"
 
@@ -50,6 +48,8 @@ class SwapRow:
     swapped: bool
     reason: str
     """Why it was not swapped; empty if it was."""
+    method: str = ""
+    """By which method; empty if it was not."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class SwapReport:
     """What activations were replaced by."""
     activations: tuple[str, ...] = ()
     """Names of the activations that were replaced."""
+    shortcuts: tuple[str, ...] = ()
+    """Names of the blocks that have a shortcut around each convolution now."""
     one_sided_inputs: tuple[str, ...] = field(default=())
     """Binary layers whose inputs were never negative in the trial: all their signs are +1."""
 
@@ -75,17 +77,22 @@ class SwapReport:
         cells = [("layer", "kind", "weight", "swapped", "")]
         for row in self.rows:
             shape = " x ".join(map(str, row.shape))
-            cells.append((row.name, row.kind, shape, self.method if row.swapped else "-", row.reason))
+            cells.append((row.name, row.kind, shape, row.method or "-", row.reason))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-        lines += ["", f"{self.num_swapped} of {len(self.rows)} layers binary, method {self.method}"]
+        lines += ["", f"{self.num_swapped} of {len(self.rows)} layers binary, method {self._methods()}"]
         if self.activations:
             lines.append(f"{len(self.activations)} activations replaced by {self.activation}")
+        if self.shortcuts:
+            lines.append(f"{len(self.shortcuts)} blocks with a shortcut around each convolution")
         if self.one_sided_inputs:
             lines.append(
                 f"inputs never negative, so all their signs are +1: {', '.join(self.one_sided_inputs)}"
             )
         return "\n".join(lines) + "\n"
+
+    def _methods(self) -> str:
+        return ", ".join(sorted({row.method for row in self.rows if row.swapped})) or self.method
 
 
 def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, int, int]) -> SwapReport:
@@ -94,7 +101,7 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     Parameters stay the same objects under the same names; binary layers add those of their method under
     ``<layer>.binarizer``. Activations that are never negative are replaced by ``rules.activation`` in the whole model,
     whatever ``include`` and ``exclude`` say, because a sign may come anywhere behind them; only those inside gates
-    that stay real are kept. Method ``none`` changes nothing.
+    that stay real are kept. Method ``none``, with no other by ``rules.methods``, changes nothing.
 
     Args:
         input_size: channels, height and width of an image.
@@ -106,33 +113,38 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if _is_layer(module)}
     check_patterns(rules, list(layers))
-    stem, classifier = stem_names(model), classifier_names(model)
+    stem, classifier = stem_names(model, deep=rules.keep_deep_stem), classifier_names(model)
     rows = []
     for name, layer in layers.items():
         reason = reason_to_stay(name, layer, rules=rules, modules=modules, stem=stem, classifier=classifier)
-        rows.append(SwapRow(name, _kind(layer), tuple(layer.weight.shape), not reason, reason))
-    if rules.method == "none":
+        method = "" if reason else method_of(name, rules)
+        rows.append(SwapRow(name, _kind(layer), tuple(layer.weight.shape), not reason, reason, method))
+    if rules.method == "none" and not any(row.swapped for row in rows):
         return SwapReport(method="none", rows=tuple(rows))
-    to_swap = {row.name: layers[row.name] for row in rows if row.swapped}
+    to_swap = {row.name: row.method for row in rows if row.swapped}
     if not to_swap:
         raise RecipeError(
             "binary.include",
             "leaves no layer of this model to swap",
             "`cyclebnn summary RECIPE binary.method=none` lists its layers; method none trains it real-valued",
         )
-    activations = _replace_activations(model, rules, modules)
-    _replace(model, {id(layer): _binary(layer, rules.method) for layer in to_swap.values()})
+    activations = _replace_activations(model, rules, modules, input_size=input_size)
+    _replace(model, {id(layers[name]): _binary(layers[name], method) for name, method in to_swap.items()})
     for name in to_swap:
         parent = model.get_submodule(name.rpartition(".")[0])
         if name.endswith("qkv") and hasattr(parent, _SEPARATE_BIAS):
             # timm's BEiT, EVA and SwinV2 otherwise multiply with the weight themselves; the result is the same.
             setattr(parent, _SEPARATE_BIAS, True)
+    shortcuts = add_shortcuts_(model) if rules.shortcut == "convolution" else ()
+    if rules.stem_pool != "keep":
+        replace_stem_pool_(model, rules.stem_pool)
     one_sided = _prove(model, input_size=input_size)
     return SwapReport(
         method=rules.method,
         rows=tuple(rows),
         activation=rules.activation,
         activations=activations,
+        shortcuts=shortcuts,
         one_sided_inputs=one_sided,
     )
 
@@ -147,6 +159,9 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _binary(layer: nn.Module, method: str) -> nn.Module:
+    if type(layer).__name__ == "Conv2dSame":
+        assert isinstance(layer, nn.Conv2d)
+        return BinaryConv2dSame.from_real(layer, method=method)
     if isinstance(layer, nn.Conv2d):
         return BinaryConv2d.from_real(layer, method=method)
     assert isinstance(layer, nn.Linear)
@@ -162,34 +177,30 @@ def _replace(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
 
 
 def _replace_activations(
-    model: nn.Module, rules: BinaryConfig, modules: dict[str, nn.Module]
+    model: nn.Module,
+    rules: BinaryConfig,
+    modules: dict[str, nn.Module],
+    *,
+    input_size: tuple[int, int, int],
 ) -> tuple[str, ...]:
     if rules.activation == "keep":
         return ()
-    names, replacements = [], {}
-    for name, module in modules.items():
-        if type(module).__name__ not in ONE_SIDED_ACTIVATIONS or is_gate(name, modules):
-            continue
-        names.append(name)
-        replacements[id(module)] = _activation(rules.activation, like=module)
-    device = next(model.parameters()).device
-    for replacement in replacements.values():
-        replacement.to(device)
+    names = [
+        name
+        for name, module in modules.items()
+        if type(module).__name__ in ONE_SIDED_ACTIVATIONS and not is_gate(name, modules)
+    ]
+    channels: Mapping[str, Channels] = {}
+    if rules.activation in PER_CHANNEL:
+        channels = find_channels(model, names, input_size=input_size)
+        names = [name for name in names if name in channels]
+    parameter = next(model.parameters())
+    replacements = {}
+    for name in names:
+        activation = make_activation(rules.activation, like=modules[name], channels=channels.get(name))
+        replacements[id(modules[name])] = activation.to(device=parameter.device, dtype=parameter.dtype)
     _replace(model, replacements)
     return tuple(names)
-
-
-def _activation(kind: str, *, like: nn.Module) -> nn.Module:
-    match kind:
-        case "hardtanh":
-            module: nn.Module = nn.Hardtanh(inplace=bool(getattr(like, "inplace", False)))
-        case "prelu":
-            module = nn.PReLU()
-        case "identity":
-            module = nn.Identity()
-        case _:
-            raise AssertionError(kind)
-    return module.train(like.training)
 
 
 def _prove(model: nn.Module, *, input_size: tuple[int, int, int]) -> tuple[str, ...]:
@@ -225,26 +236,3 @@ def _prove(model: nn.Module, *, input_size: tuple[int, int, int]) -> tuple[str, 
             "inputs of binary layers are never negative: %s; see binary.activation", ", ".join(one_sided)
         )
     return one_sided
-
-
-def trial_forward(model: nn.Module, *, input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Logits of one image of noise, in evaluation mode, uncompiled; the model is afterwards as before."""
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, *input_size, generator=generator).to(
-        device=parameter.device, dtype=parameter.dtype
-    )
-    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return model(image)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, and every module in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

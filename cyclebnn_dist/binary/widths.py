@@ -1,4 +1,4 @@
-"""Widths of a model: the bits its binary layers use at this step, held as tensors on the layers."""
+"""Widths of a model: the bits its binary layers use at this step, and how far the run is, held as tensors on the layers."""
 
 from __future__ import annotations
 
@@ -55,6 +55,30 @@ def set_widths(
     for device, rows in by_device.items():
         values = torch.tensor([row for _, row in rows], dtype=torch.int32).to(device, non_blocking=True)
         torch._foreach_copy_([buffer for buffer, _ in rows], list(values.unbind(0)))
+
+
+def set_progress(model: nn.Module, progress: float) -> None:
+    """Tell all binary layers how far the run is, for methods whose gradient or weights change over it.
+
+    Called once a step, before the forward pass; until then layers are as at the end of a run, and in evaluation they
+    always are. The numbers go into tensors, so a compiled model is not compiled again.
+
+    Args:
+        progress: 0 at the first step, 1 at the end of the run.
+    """
+    assert 0.0 <= progress <= 1.0, progress
+    by_device: dict[torch.device, list[tuple[torch.Tensor, tuple[float, ...]]]] = {}
+    for _, binarizer in binarizers(model):
+        numbers = binarizer.phase_at(progress)
+        if numbers:
+            buffer = binarizer.scheduled_phase
+            by_device.setdefault(buffer.device, []).append((buffer, numbers))
+    for device, rows in by_device.items():
+        flat = [number for _, numbers in rows for number in numbers]
+        values = torch.tensor(flat, dtype=torch.float64).to(device, non_blocking=True)
+        torch._foreach_copy_(
+            [buffer for buffer, _ in rows], list(values.split([len(numbers) for _, numbers in rows]))
+        )
 
 
 def _noise_key(seed: int, step: int, index: int) -> tuple[int, int]:

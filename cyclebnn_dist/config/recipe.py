@@ -8,6 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Method = Literal[
+    "none",
+    "bnn",
+    "xnor",
+    "bireal",
+    "bireal_released",
+    "irnet",
+    "irnet_released",
+    "reactnet",
+    "reactnet_released",
+    "recu",
+    "adabin",
+    "adabin_released",
+    "bnext",
+    "cyclebnn",
+    "cyclebnn_released",
+]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -57,12 +75,20 @@ class ModelConfig:
 class BinaryConfig:
     """Which layers become binary, and by which published method."""
 
-    method: Literal["none", "bnn", "bireal", "bireal_released", "cyclebnn", "cyclebnn_released"] = "cyclebnn"
+    method: Method = "cyclebnn"
     """Binarization method; none leaves the model real-valued; *_released is what the authors' code does instead."""
-    activation: Literal["keep", "hardtanh", "prelu", "identity"] = "hardtanh"
-    """What replaces ReLU-like activations: behind a ReLU every sign would be +1, so keep is rarely right."""
+    methods: dict[str, Method] = field(default_factory=dict)
+    """Methods of some layers by glob of their names, e.g. {layer4.*: bireal}; the first match counts, none is real."""
+    activation: Literal["keep", "hardtanh", "prelu", "rprelu", "maxout", "identity"] = "hardtanh"
+    """What replaces ReLU-like activations, behind which every sign is +1; rprelu is ReActNet's, maxout AdaBin's."""
+    shortcut: Literal["block", "convolution"] = "block"
+    """block: the model's own shortcuts; convolution: one around each of a ResNet block's two instead (Bi-Real Net)."""
+    stem_pool: Literal["keep", "average", "none"] = "keep"
+    """What to do with the max-pool behind a ResNet's stem: keep it, average instead, or leave it out."""
     keep_stem: bool = True
     """Leave the first convolution real-valued."""
+    keep_deep_stem: bool = False
+    """Leave all layers of the stem real-valued, where it has several; needs keep_stem."""
     keep_classifier: bool = True
     """Leave the classifier real-valued."""
     keep_downsample: bool = True
@@ -134,6 +160,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """Terms of the loss beside the cross-entropy."""
+
+    kurtosis_weight: float = 0.0
+    """Weight of BD-BNN's penalty on the kurtosis of latent binary weights; 0 means off, 1 is the authors' value."""
+    kurtosis_target: float = 1.8
+    """Kurtosis the penalty drives the weights to: 1.8 is that of a uniform distribution, 1 of two points."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 
@@ -149,8 +185,14 @@ class OptimConfig:
     """Weight decay of real-valued weights."""
     binary_weight_decay: float = 1e-5
     """Weight decay of the latent weights of binary layers."""
+    other_weight_decay: float = 0.0
+    """Weight decay of the rest: norms, biases, scales, thresholds, position embeddings."""
+    weight_decay_of: dict[str, float] = field(default_factory=dict)
+    """Weight decay of some parameters by glob of their names, e.g. {conv1.*: 1e-8}; the first match counts."""
     binary_lr_scale: float = 1.0
     """Learning rate of latent binary weights, as a multiple of lr."""
+    other_lr_scale: float = 1.0
+    """Learning rate of the rest, as a multiple of lr."""
     schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     warmup_epochs: float = 0.0
@@ -260,6 +302,7 @@ class Recipe:
     binary: BinaryConfig = field(default_factory=BinaryConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     comm: CommConfig = field(default_factory=CommConfig)

@@ -135,13 +135,14 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
     ),
     ("data.image_size", _at_least(8), "at least 8 pixels"),
+    ("loss.kurtosis_target", _at_least(1), "at least 1: no distribution has less"),
     (
         "run.collective_timeout_seconds train.epochs optim.lr optim.gamma engine.bucket_mb eval.every_epochs",
         _positive,
         "greater than 0",
     ),
     (
-        "train.clip_norm optim.weight_decay optim.binary_weight_decay optim.binary_lr_scale optim.min_lr"
+        "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
         " optim.warmup_epochs comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
@@ -183,6 +184,11 @@ def _check_train(recipe: Recipe) -> None:
 
 def _check_optim(recipe: Recipe) -> None:
     optim, epochs = recipe.optim, recipe.train.epochs
+    for pattern, decay in optim.weight_decay_of.items():
+        if decay < 0:
+            raise RecipeError(
+                f"optim.weight_decay_of.{pattern}", f"{decay:g} is out of range", "it must be 0 or more"
+            )
     if optim.warmup_epochs >= epochs:
         raise RecipeError(
             "optim.warmup_epochs",
@@ -244,6 +250,10 @@ def _check_precision(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe) -> None:
+    if recipe.binary.keep_deep_stem and not recipe.binary.keep_stem:
+        raise RecipeError(
+            "binary.keep_deep_stem", "stands beside binary.keep_stem=false", "set only one of the two"
+        )
     if recipe.model.pretrained and recipe.model.weights:
         raise RecipeError(
             "model.weights",

@@ -15,7 +15,7 @@ from torch import nn
 
 from cyclebnn_dist.binary import SwapReport, binarize_
 from cyclebnn_dist.binary.rules import classifier_names
-from cyclebnn_dist.binary.swap import trial_forward
+from cyclebnn_dist.binary.trial import trial_forward
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig
 from cyclebnn_dist.timm_import import timm

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
-from cyclebnn_dist.binary import count
+from cyclebnn_dist.binary import CONVENTIONS, count
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.models.build import build_model
 from cyclebnn_dist.precision import build_schedule, training_saving
@@ -16,25 +16,27 @@ SCHEDULE_STEPS = 20_000
 """The images are not looked at: the schedule is averaged over a run of this many steps."""
 
 
-def summarize_recipe(recipe: Recipe, *, as_json: bool = False) -> str:
+def summarize_recipe(recipe: Recipe, *, as_json: bool = False, convention: str = "bireal") -> str:
     """A table of layers with the totals under it, or the same as one JSON object.
+
+    Operations are added up by the one of ``binary.CONVENTIONS`` of this name.
 
     Pretrained weights are not fetched: they change no number.
 
     Raises:
         RecipeError: as ``build_model``.
     """
-    summary = describe_recipe(recipe)
+    summary = describe_recipe(recipe, convention=convention)
     return json.dumps(summary) if as_json else _render(summary)
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, Any]:
     """Layers, operations, parameters, sizes and training saving of the recipe's model, as plain values."""
     side = recipe.data.image_size
     model, swap = build_model(
         replace(recipe.model, pretrained=False, weights=""), recipe.binary, image_size=side
     )
-    counts = count(model, input_size=(3, side, side))
+    counts = count(model, input_size=(3, side, side), convention=convention)
     steps_per_epoch = max(1, round(SCHEDULE_STEPS / recipe.train.epochs))
     schedule = build_schedule(recipe.precision, total_steps=SCHEDULE_STEPS, steps_per_epoch=steps_per_epoch)
     saving = training_saving(counts, Counter(map(schedule.at, range(SCHEDULE_STEPS))))
@@ -50,9 +52,12 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "num_swapped": swap.num_swapped,
         "activation": swap.activation,
         "num_activations_replaced": len(swap.activations),
+        "num_blocks_with_shortcuts": len(swap.shortcuts),
         "one_sided_inputs": list(swap.one_sided_inputs),
         "bops": counts.bops,
         "flops": counts.flops,
+        "charged_flops": counts.charged_flops,
+        "convention": convention,
         "ops": counts.ops,
         "params": counts.params,
         "binary_params": counts.binary_params,
@@ -74,7 +79,7 @@ def _render(summary: dict[str, Any]) -> str:
                 " x ".join(map(str, layer["output_shape"])),
                 f"{layer['params']:,}",
                 f"{layer['macs']:,}",
-                summary["method"] if layer["swapped"] else f"real: {layer['reason']}",
+                layer["method"] if layer["swapped"] else f"real: {layer['reason']}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -87,11 +92,14 @@ def _render(summary: dict[str, Any]) -> str:
         for line in cells
     ]
     full_bits = 32 * summary["params"]
+    methods = sorted({layer["method"] for layer in summary["layers"] if layer["swapped"]})
+    rule = CONVENTIONS[summary["convention"]]
     totals = {
         "model": f"{summary['model']}, {summary['num_swapped']} of {summary['num_layers']} layers binary "
-        f"({summary['method']}), {summary['image_size']} px",
-        "operations": f"{summary['ops']:.4g} OPs = {summary['bops']:.4g} BOPs / 64 + {summary['flops']:.4g} FLOPs "
-        "(multiply-accumulates)",
+        f"({', '.join(methods) or 'none'}), {summary['image_size']} px",
+        "operations": f"{summary['ops']:.4g} OPs = {summary['bops']:.4g} BOPs / {1 / rule.binary_share:g} "
+        f"+ {summary['charged_flops']:.4g} FLOPs",
+        "convention": f"{summary['convention']}: {rule.words}",
         "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
         "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight), {full_bits / 8e6:.2f} MB in fp32",
         "training": f"{100 * summary['training_saving']:.1f} % of the model's operations saved, "
@@ -99,6 +107,10 @@ def _render(summary: dict[str, Any]) -> str:
     }
     if summary["num_activations_replaced"]:
         totals["activations"] = f"{summary['num_activations_replaced']} replaced by {summary['activation']}"
+    if summary["num_blocks_with_shortcuts"]:
+        totals["shortcuts"] = (
+            f"around each convolution of {summary['num_blocks_with_shortcuts']} residual blocks"
+        )
     if summary["one_sided_inputs"]:
         totals["warning"] = f"never negative inputs, all signs +1: {', '.join(summary['one_sided_inputs'])}"
     width = max(map(len, totals))

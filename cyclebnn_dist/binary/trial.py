@@ -1,0 +1,32 @@
+"""The trial: one image of noise through a model, which is afterwards as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def trial_forward(model: nn.Module, *, input_size: tuple[int, int, int]) -> torch.Tensor:
+    """Logits of one image of noise, in evaluation mode, uncompiled; the model is afterwards as before."""
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *input_size, generator=generator).to(
+        device=parameter.device, dtype=parameter.dtype
+    )
+    with evaluating(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return model(image)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within, and every module in its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
