@@ -91,22 +91,21 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
 @pytest.mark.long
 def test_killed_at_random_moments_again_and_again_equals_the_undisturbed_run(start):
     """Kills fall into start-up, steps, evaluation and the writing of checkpoints alike."""
-    length = ("train.epochs=6",)
+    length = ("train.epochs=50", "eval.every_epochs=2")
     undisturbed = start("undisturbed", ranks=2, overrides=length)
     assert undisturbed.wait(seconds=300)[0] == 0
     chance = random.Random(20261120)
     kills = 0
-    for _ in range(40):
+    while kills < 30:
         life = start("killed", ranks=2, overrides=length)
-        if wait_until(lambda life=life: life.ended, seconds=chance.uniform(2.0, 14.0)):
+        assert wait_until(lambda life=life: life.ended or len(life.rank_pids()) == 2, seconds=60)
+        if wait_until(lambda life=life: life.ended, seconds=chance.uniform(0.0, 8.0)):
             break
-        pids = life.rank_pids()
-        if pids:
-            life.kill_rank(chance.choice(sorted(pids)))
+        victim = chance.choice([0, 1])
+        if victim in life.rank_pids():
+            life.kill_rank(victim)
             kills += 1
-            life.wait(seconds=60)
-        else:
-            life.end()
+        life.wait(seconds=60)
     status, output = start("killed", ranks=2, overrides=length).wait(seconds=300)
     assert status == 0, output
     assert kills >= 5
