@@ -89,7 +89,9 @@ class _Watch:
         try:
             while controller.poll() is None:
                 self.discover()
-                processes.wait_for_any((r.process for r in self.running()), seconds=0.2)
+                # A rank must be seen before it can be missed, however short its life.
+                seconds = 0.2 if len(self.ranks) == self.tasks else 0.02
+                processes.wait_for_any((r.process for r in self.running()), seconds=seconds)
                 self.note_ends()
                 self.show_log()
                 self.end_siblings()
@@ -233,9 +235,8 @@ class _Watch:
             return Outcome(FAILED, self.failure_text(failed))
         if len(outcomes) < self.tasks:
             missing = next(number for number in range(self.tasks) if number not in outcomes)
-            return Outcome(
-                FAILED, f"rank {missing} never started (the controller ended with {controller_status})"
-            )
+            how = f"never started (the controller ended with {controller_status}), or ended at once"
+            return Outcome(FAILED, f"rank {missing} {how}; its log: {self.log(missing)}")
         status = max(o.status for o in outcomes.values() if o is not None)
         words = "a signal stopped the run; the same command goes on from the newest checkpoint"
         return Outcome(status, words if status == PREEMPTED else "")
