@@ -18,7 +18,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
-from launch.processes import Process, is_running, look, marked, send
+from launch.processes import Process, arguments, is_running, look, marked, send
 
 FINISHED, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
 """Exit statuses of a run, as cyclebnn_dist.train.main and the commands return them."""
@@ -97,5 +97,10 @@ def _end_with(parent: int, launcher: Process | None) -> None:
         time.sleep(1.0)
     log.error("the launcher of this run is gone: ending")
     if MARK in os.environ:
-        send(marked(f"{MARK}={os.environ[MARK]}"), signal.SIGKILL)
+        # The other ranks come last: they are doing the same, and whoever is killed first must leave nothing undone.
+        left = marked(f"{MARK}={os.environ[MARK]}")
+        send(
+            sorted(left, key=lambda process: "submitit.core._submit" in arguments(process.pid)),
+            signal.SIGKILL,
+        )
     os._exit(FAILED)
