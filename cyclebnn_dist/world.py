@@ -99,11 +99,6 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def barrier(world: World) -> None:
-    """Collective: every rank calls this. Wait for all ranks."""
-    dist.all_reduce(torch.zeros(1), group=world.control)
-
-
 def gather_objects(world: World, value: T) -> list[T]:
     """Collective: every rank calls this. Every rank's ``value``, in rank order, on every rank."""
     gathered: list[Any] = [None] * world.size

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.data import check_global_batch, scan_folder
+from cyclebnn_dist.data import scan_folder
 
 
 def make_tree(root, layout):
@@ -97,12 +97,3 @@ def test_an_unreadable_folder_is_named(tmp_path):
     (tmp_path / "train" / "cat").chmod(0)
     with pytest.raises(RecipeError, match="cannot list"):
         scan_folder(tmp_path, "train", num_classes=1)
-
-
-def test_fewer_images_than_a_global_batch_are_refused(tmp_path):
-    """An epoch would have no steps."""
-    make_tree(tmp_path, {"train/cat": ["a.jpg", "b.jpg"]})
-    images = scan_folder(tmp_path, "train", num_classes=1)
-    check_global_batch(images, 2)
-    with pytest.raises(RecipeError, match=r"train\.global_batch_size: 3"):
-        check_global_batch(images, 3)

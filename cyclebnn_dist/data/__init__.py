@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cyclebnn_dist.data.folder import ImageList, check_global_batch, scan_folder
+    from cyclebnn_dist.data.folder import ImageList, scan_folder
     from cyclebnn_dist.data.loader import EvalLoader, TrainLoader
     from cyclebnn_dist.data.reader import Batch
     from cyclebnn_dist.data.sample import generate_sample
@@ -15,7 +15,6 @@ __all__ = [
     "EvalLoader",
     "ImageList",
     "TrainLoader",
-    "check_global_batch",
     "generate_sample",
     "scan_folder",
 ]

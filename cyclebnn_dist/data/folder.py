@@ -94,20 +94,6 @@ def scan_folder(path: str | Path, split: str, *, num_classes: int) -> ImageList:
     return ImageList(root=str(root), files=files, labels=labels, classes=classes)
 
 
-def check_global_batch(images: ImageList, global_batch_size: int) -> None:
-    """Refuse a training set that does not fill one global batch.
-
-    Raises:
-        RecipeError: naming both numbers.
-    """
-    if len(images) < global_batch_size:
-        raise RecipeError(
-            "train.global_batch_size",
-            f"{global_batch_size}, but {images.root} holds only {len(images)} images",
-            f"set it to {len(images)} or less",
-        )
-
-
 def _class_names(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
