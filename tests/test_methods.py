@@ -135,7 +135,8 @@ def test_a_compiled_model_is_not_compiled_again_as_the_run_goes_on(method):
             set_progress(each, progress)
             run(images).square().sum().backward()
         torch.testing.assert_close(model[1].weight.grad, plain[1].weight.grad)
-    assert counter.frame_count == 1
+    # BNext's weights become signs once in a run, and their product then needs other code.
+    assert counter.frame_count == (2 if method == "bnext" else 1)
 
 
 @pytest.mark.parametrize("lowest", [0.1, 0.001])

@@ -16,7 +16,7 @@ from cyclebnn_dist.binary import (
     parameter_kinds,
     set_widths,
 )
-from cyclebnn_dist.binary.activations import Maxout, RPReLU
+from cyclebnn_dist.binary.activations import Hardtanh, Maxout, RPReLU
 from cyclebnn_dist.binary.layers import BinaryConv2dSame
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig
@@ -417,7 +417,7 @@ def test_activations_that_are_never_negative_are_replaced_everywhere_but_in_gate
 
 
 @pytest.mark.parametrize(
-    ("activation", "kind"), [("hardtanh", nn.Hardtanh), ("prelu", nn.PReLU), ("identity", nn.Identity)]
+    ("activation", "kind"), [("hardtanh", Hardtanh), ("prelu", nn.PReLU), ("identity", nn.Identity)]
 )
 def test_activation_is_the_one_asked_for(activation, kind):
     model, input_size, rules = build("resnet18", activation=activation)

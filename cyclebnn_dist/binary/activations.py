@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cyclebnn_dist.binary.bits import mask_by_bits, pack_within
+from cyclebnn_dist.binary.layouts import all_but, along_channels, is_channels_last
 from cyclebnn_dist.binary.trial import trial_forward
 from cyclebnn_dist.config import RecipeError
 
@@ -40,6 +41,33 @@ class Channels(NamedTuple):
     dim: int
 
 
+class Hardtanh(nn.Hardtanh):
+    """clamp(x, -1, 1), with gradient 1 where |x| < 1, else 0; one bit an element is kept for it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ClampToOne.apply(input, self.inplace)
+
+
+class ClampToOne(torch.autograd.Function):
+    """clamp(x, -1, 1), in place if asked."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        ctx.channels_last = is_channels_last(x)
+        if ctx.needs_input_grad[0]:
+            below_one = 1.0 - 0.5 * torch.finfo(x.dtype).eps
+            ctx.save_for_backward(pack_within(x, -below_one, below_one))
+        if not inplace:
+            return x.clamp(-1.0, 1.0)
+        ctx.mark_dirty(x)
+        return x.clamp_(-1.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return mask_by_bits(grad, bits, ctx.channels_last), None
+
+
 class RPReLU(nn.Module):
     """PReLU(x - gamma) + zeta, with gamma, zeta and the slope of each channel learned.
 
@@ -56,10 +84,32 @@ class RPReLU(nn.Module):
         self.shift_out = nn.Parameter(torch.zeros(channels.number))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(self.channel_dim, 1)
-        shape = (-1, *[1] * (x.dim() - 2))
-        y = functional.prelu(x + self.shift_in.view(shape).to(x.dtype), self.slope.to(x.dtype))
-        return (y + self.shift_out.view(shape).to(x.dtype)).movedim(1, self.channel_dim)
+        return ShiftedSlope.apply(x, self.shift_in, self.slope, self.shift_out, self.channel_dim)
+
+
+class ShiftedSlope(torch.autograd.Function):
+    """u + shift_out where u = x + shift_in > 0, else slope u + shift_out; saves x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor, channel_dim: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, shift_in, slope)
+        ctx.channel_dim = channel_dim
+        u = x + along_channels(shift_in, x, channel_dim)
+        u = torch.where(u > 0.0, u, u * along_channels(slope, x, channel_dim))
+        return u.add_(along_channels(shift_out, x, channel_dim))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, shift_in, slope = ctx.saved_tensors
+        dims = all_but(ctx.channel_dim, x)
+        u = x + along_channels(shift_in, x, ctx.channel_dim)
+        above = u > 0.0
+        slope_grad = (u.clamp_max_(0.0).mul_(grad)).sum(dims, dtype=slope.dtype)
+        x_grad = torch.where(above, grad, grad * along_channels(slope, x, ctx.channel_dim))
+        shift_in_grad = x_grad.sum(dims, dtype=slope.dtype)
+        return x_grad, shift_in_grad, slope_grad, grad.sum(dims, dtype=slope.dtype), None
 
 
 class Maxout(nn.Module):
@@ -92,7 +142,7 @@ class TwoSlopes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, positive, negative = ctx.saved_tensors
-        dims = [dim for dim in range(x.dim()) if dim != ctx.channel_dim % x.dim()]
+        dims = all_but(ctx.channel_dim, x)
         product = grad * x
         above = (product * (x > 0.0)).sum(dims, dtype=positive.dtype)
         below = product.sum(dims, dtype=positive.dtype) - above
@@ -100,15 +150,15 @@ class TwoSlopes(torch.autograd.Function):
 
 
 def _slopes(x: Tensor, positive: Tensor, negative: Tensor, channel_dim: int) -> Tensor:
-    shape = (-1, *[1] * (x.dim() - 2)) if channel_dim == 1 else (-1,)
-    return torch.where(x > 0.0, positive.view(shape), negative.view(shape)).to(x.dtype)
+    above, below = (along_channels(slope, x, channel_dim) for slope in (positive, negative))
+    return torch.where(x > 0.0, above, below)
 
 
 def make_activation(kind: str, *, like: nn.Module, channels: Channels | None) -> nn.Module:
     """The activation a recipe calls ``kind``, in the mode of ``like``; ``channels`` for those of ``PER_CHANNEL``."""
     match kind:
         case "hardtanh":
-            module: nn.Module = nn.Hardtanh(inplace=bool(getattr(like, "inplace", False)))
+            module: nn.Module = Hardtanh(inplace=bool(getattr(like, "inplace", False)))
         case "prelu":
             module = nn.PReLU()
         case "identity":

@@ -1,15 +1,27 @@
 """The differentiable operations binarizers are made of: signs with surrogate gradients, and quantized gradients.
 
-Every sign is +1 at 0. Each function keeps for the backward pass its input and numbers per filter or sample only, and
-recomputes the rest.
+Every sign is +1 at 0. Where the gradient is a box a function keeps one bit an element for the backward pass; else its
+input, and numbers per filter or sample.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from cyclebnn_dist.binary import cpu_kernels
+from cyclebnn_dist.binary.bits import mask_by_bits, pack_within
+from cyclebnn_dist.binary.layouts import (
+    all_but,
+    along_channels,
+    as_rows,
+    at_least_fp32,
+    is_channels_last,
+    per_filter,
+)
 
 Surrogate = Literal["clip", "polynomial"]
 """clip: the gradient passes where |x| <= 1 (BNN). polynomial: it is scaled by max(0, 2 - 2|x|) (Bi-Real)."""
@@ -19,7 +31,18 @@ EPSILON = 1e-5
 
 
 def hard_sign(x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
-    """+1 where ``x + offset`` >= 0, else -1, in the dtype of ``x``."""
+    """+1 where ``x + offset`` >= 0, else -1, in the dtype of ``x``.
+
+    Args:
+        offset: a number, or a tensor [n, 1, ...] of numbers for the rows of ``x`` [n, ...], or any that broadcasts.
+    """
+    offsets = torch.full((1,), offset) if isinstance(offset, float) else offset
+    by_rows = offsets.numel() == 1 or offsets.shape == (x.shape[0], *[1] * (x.dim() - 1))
+    if by_rows and x.dim() > 1 and cpu_kernels.usable(x, offsets):
+        signs = torch.empty_like(x)
+        arguments = cpu_kernels.arrays(as_rows(x), offsets.flatten(), as_rows(signs))
+        cpu_kernels.in_threads(cpu_kernels.sign_rows, x.shape[0], *arguments)
+        return signs
     # -0.0 + 0.0 is +0.0: an offset of positive zero gives negative zeros the sign +1.
     shifted = x + offset
     return torch.copysign(shifted.new_ones(()), shifted, out=shifted).to(x.dtype)
@@ -45,6 +68,22 @@ class SignWithSurrogate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return surrogate_gradient(x, ctx.surrogate).mul_(grad), None
+
+
+class BoxSign(torch.autograd.Function):
+    """sign(x); the gradient passes where |x| <= ``bound``. ``SignWithSurrogate`` for inputs, which nobody else keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        ctx.channels_last = is_channels_last(x)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(pack_within(x, -bound, bound))
+        return hard_sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return mask_by_bits(grad, bits, ctx.channels_last), None
 
 
 class ScaledSign(torch.autograd.Function):
@@ -100,6 +139,20 @@ class StandardizedSign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, deviation, low, step = ctx.saved_tensors
         x, grad = at_least_fp32(x), at_least_fp32(grad)
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        if cpu_kernels.usable(x, grad):
+            result = torch.empty_like(x)
+            cpu_kernels.in_threads(
+                cpu_kernels.standardized_gradient,
+                x.shape[0],
+                *cpu_kernels.arrays(as_rows(x), as_rows(grad), mean.flatten(), deviation.flatten()),
+                *cpu_kernels.arrays(low.flatten(), step.flatten(), np.float32(ctx.gain)),
+                ctx.surrogate == "polynomial",
+                ctx.quantized,
+                *cpu_kernels.arrays(as_rows(result)),
+            )
+            return result.to(ctx.saved_tensors[0].dtype), *[None] * 8
         factor = ctx.gain / deviation
         if ctx.surrogate == "polynomial":
             if ctx.quantized:
@@ -108,13 +161,11 @@ class StandardizedSign(torch.autograd.Function):
                 value = x * factor
             grad = value.abs_().mul_(-2.0).add_(2.0).clamp_min_(0.0).mul_(grad)
         numel = x[0].numel()
-        if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
         inner = torch.linalg.vecdot(as_rows(grad), as_rows(x)).view_as(mean)
         pull = inner * factor / ((numel - 1) * deviation.square())
         # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor
         result = (grad * factor).addcmul_(x, -pull).add_(mean * pull)
-        return result.to(ctx.saved_tensors[0].dtype), None, None, None, None, None, None, None, None
+        return result.to(ctx.saved_tensors[0].dtype), *[None] * 8
 
 
 class ScaledOutput(torch.autograd.Function):
@@ -137,22 +188,38 @@ class ScaledOutput(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(y, scale, bits, key, noise)
         ctx.channel_dim, ctx.quantized = channel_dim, quantized
-        return y * _per_channel(scale, y, channel_dim)
+        return y * along_channels(scale, y, channel_dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, bits, key, noise = ctx.saved_tensors
-        dims = [dim for dim in range(y.dim()) if dim != ctx.channel_dim % y.dim()]
-        scale_grad = (grad * y).sum(dims, dtype=scale.dtype)
-        y_grad = grad * _per_channel(scale, y, ctx.channel_dim)
+        dims = all_but(ctx.channel_dim, y)
+        rows_are_channels = (
+            ctx.channel_dim == 1 and y.dim() > 2 and y.is_contiguous() and grad.is_contiguous()
+        )
+        if rows_are_channels:
+            scale_grad = torch.linalg.vecdot(grad.flatten(2), y.flatten(2)).sum(0, dtype=scale.dtype)
+        else:
+            scale_grad = (grad * y).sum(dims, dtype=scale.dtype)
+        if rows_are_channels and ctx.quantized and cpu_kernels.usable(grad, scale):
+            y_grad = _scale_and_quantize(grad, scale, bits, key=key, noise=noise)
+            return y_grad, scale_grad, *[None] * 5
+        y_grad = grad * along_channels(scale, y, ctx.channel_dim)
         if ctx.quantized:
             y_grad = quantize_stochastically(y_grad, bits, key=key, noise=noise)
-        return y_grad, scale_grad, None, None, None, None, None
+        return y_grad, scale_grad, *[None] * 5
 
 
-def _per_channel(scale: Tensor, y: Tensor, channel_dim: int) -> Tensor:
-    scale = scale.to(y.dtype)
-    return scale.view(-1, *[1] * (y.dim() - 2)) if channel_dim == 1 else scale
+def _scale_and_quantize(grad: Tensor, scale: Tensor, bits: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
+    """``quantize_stochastically`` of grad [batch, channels, ...] times scale [channels], on the CPU."""
+    rows = grad.flatten(2)
+    ends = torch.stack([rows.amin(2) * scale, rows.amax(2) * scale])
+    low, step = _levels(ends.amin(), ends.amax(), bits)
+    result = torch.empty_like(grad)
+    rows, result_rows = grad.flatten(0, 1).flatten(1), result.flatten(0, 1).flatten(1)
+    arguments = cpu_kernels.arrays(rows, scale, np.float32(low), np.float32(step), key, noise, result_rows)
+    cpu_kernels.in_threads(cpu_kernels.quantize_scaled, rows.shape[0], *arguments)
+    return result
 
 
 def quantize_stochastically(x: Tensor, bits: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
@@ -165,14 +232,18 @@ def quantize_stochastically(x: Tensor, bits: Tensor, *, key: Tensor, noise: Tens
         noise: fixed int32 numbers, uniform over 32 bits.
     """
     values = at_least_fp32(x)
-    low, high = values.amin(), values.amax()
-    levels = torch.exp2(bits.float()) - 1.0
-    # A hair wider than (high - low) / levels, so that no rounding error reaches a level above the last.
-    step = (high - low) / levels * (1.0 + 1e-6)
-    step = torch.where(step > 0.0, step, torch.ones_like(step))
+    low, step = _levels(values.amin(), values.amax(), bits)
     uniform = uniform_like(values, key=key, noise=noise)
     result = (values - low).div_(step).add_(uniform).floor_().mul_(step).add_(low)
     return result.to(x.dtype)
+
+
+def _levels(low: Tensor, high: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest of 2**bits levels from low to high, and their distance."""
+    levels = torch.exp2(bits.float()) - 1.0
+    # A hair wider than (high - low) / levels, so that no rounding error reaches a level above the last.
+    step = (high - low) / levels * (1.0 + 1e-6)
+    return low, torch.where(step > 0.0, step, torch.ones_like(step))
 
 
 def uniform_like(x: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
@@ -189,26 +260,7 @@ def uniform_like(x: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
         rotation = torch.arange(num_rows, dtype=torch.int32, device=x.device) * key[0] + key[1]
         integers = (noise + rotation.unsqueeze(1)).flatten()[:numel]
     uniform = integers.bitwise_and_((1 << 24) - 1).float().mul_(2.0**-24)
-    if _is_channels_last(x):
+    if is_channels_last(x):
         batch, channels, height, width = x.shape
         return uniform.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return uniform.view(x.shape)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """``x`` [n, ...] as a matrix of n rows, whose elements are in the order of memory."""
-    return (x.permute(0, 2, 3, 1) if _is_channels_last(x) else x).flatten(1)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """``x`` itself, or in fp32 if its dtype is a narrower one."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def per_filter(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` of shape [n] as [n, 1, ...], to be broadcast against ``like`` of shape [n, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 1))

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from cyclebnn_dist.binary.functions import (
     EPSILON,
+    BoxSign,
     ScaledOutput,
     ScaledSign,
     SignWithSurrogate,
     StandardizedSign,
-    as_rows,
-    at_least_fp32,
-    per_filter,
 )
+from cyclebnn_dist.binary.layouts import as_rows, at_least_fp32, per_filter
+from cyclebnn_dist.binary.product import Operands
 
 OFF_BITS = 32
 """The width that means not quantized."""
@@ -70,6 +70,7 @@ class Binarizer(nn.Module):
         self.num_channels = weight.shape[1] * groups
         self.quantize_forward = False
         self.quantize_backward = False
+        self.scheduled_operands = self.operands_at(1.0)
         widths = torch.tensor([OFF_BITS, OFF_BITS, 1, 0], dtype=torch.int32, device=weight.device)
         self.register_buffer("widths", widths, persistent=False)
         final = torch.tensor(self.phase_at(1.0), device=weight.device)
@@ -80,6 +81,16 @@ class Binarizer(nn.Module):
     def phase_at(cls, progress: float) -> tuple[float, ...]:
         """The method's numbers that change over a run: a pure function of its progress, 0 at the start and 1 at the end."""
         return ()
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        """What values ``binarize_input`` and ``binarize_weight`` give at this progress of a run."""
+        return "signs"
+
+    @property
+    def operands(self) -> Operands:
+        """``operands_at`` this step's progress in training, at the end of the run in evaluation."""
+        return self.scheduled_operands if self.training else self.operands_at(1.0)
 
     @property
     def phase(self) -> Tensor:
@@ -118,7 +129,7 @@ class BNN(Binarizer):
         return SignWithSurrogate.apply(weight, "clip")
 
     def binarize_input(self, x: Tensor) -> Tensor:
-        return SignWithSurrogate.apply(x, "clip")
+        return BoxSign.apply(x, 1.0)
 
 
 @method("bireal")
@@ -134,6 +145,10 @@ class BiReal(Binarizer):
     """
 
     magnitude_aware: ClassVar[bool] = True
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "scaled_signs"
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         return ScaledSign.apply(weight, self.magnitude_aware)

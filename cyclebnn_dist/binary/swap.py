@@ -18,6 +18,7 @@ from cyclebnn_dist.binary.activations import (
 )
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryConv2dSame, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules
+from cyclebnn_dist.binary.rebuild import keep_less_
 from cyclebnn_dist.binary.rules import (
     check_patterns,
     classifier_names,
@@ -139,6 +140,7 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     if rules.stem_pool != "keep":
         replace_stem_pool_(model, rules.stem_pool)
     one_sided = _prove(model, input_size=input_size)
+    keep_less_(model, recompute=rules.recompute, input_size=input_size)
     return SwapReport(
         method=rules.method,
         rows=tuple(rows),

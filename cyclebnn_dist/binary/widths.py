@@ -61,7 +61,8 @@ def set_progress(model: nn.Module, progress: float) -> None:
     """Tell all binary layers how far the run is, for methods whose gradient or weights change over it.
 
     Called once a step, before the forward pass; until then layers are as at the end of a run, and in evaluation they
-    always are. The numbers go into tensors, so a compiled model is not compiled again.
+    always are. The numbers go into tensors, so a compiled model is not compiled again (but once where a method's weights
+    harden into signs).
 
     Args:
         progress: 0 at the first step, 1 at the end of the run.
@@ -69,6 +70,7 @@ def set_progress(model: nn.Module, progress: float) -> None:
     assert 0.0 <= progress <= 1.0, progress
     by_device: dict[torch.device, list[tuple[torch.Tensor, tuple[float, ...]]]] = {}
     for _, binarizer in binarizers(model):
+        binarizer.scheduled_operands = binarizer.operands_at(progress)
         numbers = binarizer.phase_at(progress)
         if numbers:
             buffer = binarizer.scheduled_phase

@@ -85,6 +85,9 @@ class BinaryConfig:
     """block: the model's own shortcuts; convolution: one around each of a ResNet block's two instead (Bi-Real Net)."""
     stem_pool: Literal["keep", "average", "none"] = "keep"
     """What to do with the max-pool behind a ResNet's stem: keep it, average instead, or leave it out."""
+    recompute: bool = False
+    """Compute products of binary layers, normalizations and activations once more in the backward pass instead of
+    keeping what they give: about half the activation memory, for a third more time."""
     keep_stem: bool = True
     """Leave the first convolution real-valued."""
     keep_deep_stem: bool = False

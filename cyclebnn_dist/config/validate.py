@@ -13,6 +13,7 @@ MAY_CHANGE = frozenset(
     {
         "run.dir",
         "run.log_every",
+        "binary.recompute",
         "run.save_every",
         "run.keep_checkpoints",
         "run.extend_epochs",
@@ -259,6 +260,12 @@ def _check_model(recipe: Recipe) -> None:
             "model.weights",
             "stands beside model.pretrained=true",
             "there is one start: set only one of the two",
+        )
+    if recipe.model.compile and recipe.binary.recompute:
+        raise RecipeError(
+            "binary.recompute",
+            "true beside model.compile=true, whose compiler decides by itself what is computed again",
+            "set one of the two to false",
         )
     if recipe.model.compile and recipe.engine.bucket_mb < 1:
         raise RecipeError(

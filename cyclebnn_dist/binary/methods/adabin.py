@@ -7,9 +7,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cyclebnn_dist.binary.functions import at_least_fp32, hard_sign, surrogate_gradient
+from cyclebnn_dist.binary.functions import hard_sign, surrogate_gradient
+from cyclebnn_dist.binary.layouts import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import filter_statistics, inner_dims
 from cyclebnn_dist.binary.methods.ede import ede_at, ede_gradient
+from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
@@ -92,6 +94,10 @@ class AdaBin(Binarizer):
     @classmethod
     def phase_at(cls, progress: float) -> tuple[float, ...]:
         return ede_at(progress, lowest_t=cls.LOWEST_T)
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "two_valued"
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         mean, deviation = filter_statistics(weight, unbiased=False)

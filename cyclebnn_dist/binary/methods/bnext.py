@@ -7,25 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cyclebnn_dist.binary.functions import hard_sign
+from cyclebnn_dist.binary.functions import BoxSign, hard_sign
+from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
+from cyclebnn_dist.binary.rebuild import Rebuild, offer
 
 BOUND = 1.5
 """Latent weights stay within it, and the gradient of activations passes within it."""
-
-
-class WideSign(torch.autograd.Function):
-    """sign(x); the gradient passes where |x| <= 1.5."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return hard_sign(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (x.abs() <= BOUND) * grad
 
 
 class TemperedSign(torch.autograd.Function):
@@ -71,7 +59,16 @@ class BNext(Binarizer):
         if self.training:
             with torch.no_grad():
                 weight.clamp_(-BOUND, BOUND)
-        return TemperedSign.apply(weight, self.phase)
+        phase = self.phase.clone()
+        soft = TemperedSign.apply(weight, phase)
+        if self.operands == "real" and soft.requires_grad and not torch.compiler.is_compiling():
+            latent = weight.detach()
+            offer(soft, Rebuild(lambda: TemperedSign.apply(latent, phase)))
+        return soft
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "real" if cls.phase_at(progress)[0] > 0.0 else "signs"
 
     def binarize_input(self, x: Tensor) -> Tensor:
-        return WideSign.apply(x)
+        return BoxSign.apply(x, BOUND)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclebnn_dist.binary.functions import at_least_fp32, hard_sign
+from cyclebnn_dist.binary.functions import hard_sign
+from cyclebnn_dist.binary.layouts import at_least_fp32
 
 HIGHEST_T = 10.0
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from cyclebnn_dist.binary.functions import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import CentredSign, filter_statistics, inner_dims
 from cyclebnn_dist.binary.methods.ede import EDESign, ede_at
+from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
@@ -30,6 +31,10 @@ class IRNet(Binarizer):
     @classmethod
     def phase_at(cls, progress: float) -> tuple[float, ...]:
         return ede_at(progress, lowest_t=cls.LOWEST_T)
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "scaled_signs"
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         with torch.no_grad():

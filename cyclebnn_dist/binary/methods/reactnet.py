@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cyclebnn_dist.binary.functions import ScaledSign, hard_sign, surrogate_gradient
+from cyclebnn_dist.binary.layouts import all_but, along_channels
+from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
@@ -25,13 +27,8 @@ class ShiftedSign(torch.autograd.Function):
         x, bias = ctx.saved_tensors
         shifted = x + along_channels(bias, x, ctx.channel_dim)
         shifted_grad = surrogate_gradient(shifted, "polynomial").mul_(grad)
-        dims = [dim for dim in range(x.dim()) if dim != ctx.channel_dim % x.dim()]
+        dims = all_but(ctx.channel_dim, x)
         return shifted_grad.to(x.dtype), shifted_grad.sum(dims, dtype=bias.dtype), None
-
-
-def along_channels(values: Tensor, x: Tensor, channel_dim: int) -> Tensor:
-    """``values`` [channels], to be broadcast against ``x`` with its channels at ``channel_dim`` (1 or -1)."""
-    return values.view(-1, *[1] * (x.dim() - 2)) if channel_dim == 1 else values
 
 
 @method("reactnet")
@@ -50,6 +47,10 @@ class ReActNet(Binarizer):
     def __init__(self, weight: Tensor, *, channel_dim: int, groups: int = 1) -> None:
         super().__init__(weight, channel_dim=channel_dim, groups=groups)
         self.bias = nn.Parameter(torch.zeros(self.num_channels, device=weight.device))
+
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "scaled_signs"
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         return ScaledSign.apply(weight, self.magnitude_aware)

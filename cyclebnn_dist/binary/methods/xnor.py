@@ -7,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cyclebnn_dist.binary.functions import (
-    SignWithSurrogate,
-    as_rows,
-    per_filter,
-    surrogate_gradient,
-)
+from cyclebnn_dist.binary.functions import BoxSign, surrogate_gradient
+from cyclebnn_dist.binary.layouts import as_rows, per_filter
+from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
@@ -51,11 +48,15 @@ class XNORNet(Binarizer):
         super().__init__(weight, channel_dim=channel_dim, groups=groups)
         self.groups = groups
 
+    @classmethod
+    def operands_at(cls, progress: float) -> Operands:
+        return "scaled_signs"
+
     def binarize_weight(self, weight: Tensor) -> Tensor:
         return XNORWeight.apply(weight)
 
     def binarize_input(self, x: Tensor) -> Tensor:
-        return SignWithSurrogate.apply(x, "clip")
+        return BoxSign.apply(x, 1.0)
 
     def input_magnitude(self, x: Tensor) -> Tensor | None:
         magnitude = x.detach().abs()
