@@ -75,3 +75,6 @@ class BNext(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return WideSign.apply(x)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return (x.abs() > BOUND).mean(dtype=torch.float32)
