@@ -187,8 +187,13 @@ class Window:
 def report_health(run: Run, result: StepResult) -> None:
     """Collective: every rank calls this. Write one row about the binary layers, and warn of what is clearly wrong."""
     saturated_inputs = mean_in_rank_order(run.world, run.health.take_saturated_inputs())
-    row = run.health.measure(run.step, saturated_inputs=saturated_inputs)
-    run.write_row("health", {"forward_bits": result.widths.forward_bits, **row})
+    forward_bits = result.widths.forward_bits
+    row = run.health.measure(
+        run.step,
+        saturated_inputs=saturated_inputs,
+        at_highest_width=forward_bits >= run.recipe.precision.forward.high,
+    )
+    run.write_row("health", {"forward_bits": forward_bits, **row})
     if run.world.is_main:
         for warning in run.health.warnings(lr=result.lr * run.recipe.optim.binary_lr_scale):
             log.warning("step %d: %s", run.step, warning)

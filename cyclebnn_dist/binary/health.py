@@ -87,12 +87,17 @@ class Health:
         return torch.stack(shares).cpu()
 
     @torch.no_grad()
-    def measure(self, step: int, *, saturated_inputs: Tensor) -> dict[str, float]:
+    def measure(
+        self, step: int, *, saturated_inputs: Tensor, at_highest_width: bool = True
+    ) -> dict[str, float]:
         """A row of numbers: least, mean and largest of every measure over the layers, then every layer's own.
 
         Args:
             step: finished steps.
             saturated_inputs: shares [layers] as ``take_saturated_inputs`` gives them.
+            at_highest_width: whether the step had the schedule's highest forward width. Only then do saturated inputs
+                count for a warning: CycleBNN takes its gradient behind the quantizer, and at 2 bits there is often
+                no level within (-1, 1), so that whole layers saturate by design.
 
         Returns:
             ``flip_rate_min``, ``flip_rate_mean``, ``flip_rate_max``, ``flip_rate/<layer>`` and so on for all
@@ -118,7 +123,7 @@ class Health:
             for measure, by_layer in found.items()
             if by_layer
         }
-        self._remember(rows)
+        self._remember(rows, at_highest_width=at_highest_width)
         result: dict[str, float] = {}
         for measure, row in rows.items():
             values = row.values()
@@ -131,8 +136,9 @@ class Health:
             result |= {f"{measure}/{name}": value for name, value in row.items()}
         return result
 
-    def _remember(self, rows: dict[str, dict[str, float]]) -> None:
-        for name, share in rows.get("saturated_inputs", {}).items():
+    def _remember(self, rows: dict[str, dict[str, float]], *, at_highest_width: bool) -> None:
+        shares = rows.get("saturated_inputs", {}) if at_highest_width else {}
+        for name, share in shares.items():
             self._times_saturated[name] = self._times_saturated[name] + 1 if share > SATURATED else 0
         if "flip_rate" in rows:
             self._num_flip_rates += 1
@@ -149,7 +155,7 @@ class Health:
             self._told.add("saturated")
             yield (
                 f"more than {SATURATED:.0%} of the inputs of {_listed(saturated)} got no gradient in {PATIENCE} "
-                "measurements in a row: what lies before learns almost nothing through their sign"
+                "measurements in a row at the highest width: what lies before learns almost nothing through their sign"
             )
         never = sorted(self._never_flipped) if self._num_flip_rates >= PATIENCE else []
         if never and lr > 0.0 and "never flipped" not in self._told:
