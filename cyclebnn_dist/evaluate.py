@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.binary import check_two_valued, set_widths
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
 from cyclebnn_dist.checkpoint import complete_checkpoints, damaged_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
@@ -49,6 +49,9 @@ def evaluate(
     """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
 
     The model, its buffers and its mode are afterwards as before.
+
+    Raises:
+        RuntimeError: a binary weight is not two-valued (see ``check_two_valued``).
     """
     dtype = AUTOCAST_DTYPE.get(amp)
     counts = torch.zeros(3, dtype=torch.int64)
@@ -56,6 +59,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     set_widths(model, forward_bits=forward_bits, backward_bits=32)
+    check_two_valued(model)
     with using_buffers(model, averaged_buffers(model, world=world)):
         for batch in loader:
             with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):

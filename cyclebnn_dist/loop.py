@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
     eval_every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
     window = Window(run)
     skipped_in_a_row = 0
+    run.health.begin(run.step)
     while run.step < run.total_steps:
         result = train_step(run)
         run.step += 1
@@ -70,6 +72,8 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         if run.step % config.log_every == 0 or last:
             window.report(run, result)
             window = Window(run)
+        if run.health.due(run.step):
+            report_health(run, result)
         check_every = run.recipe.comm.check_every
         if check_every and run.step % check_every == 0:
             compare_parameters(run.model, world=run.world, step=run.step)
@@ -107,8 +111,11 @@ def train_step(run: Run) -> StepResult:
         waiting = time.perf_counter()
         batch = run.train_loader.next()
         data_seconds += time.perf_counter() - waiting
+        forward: Callable[[torch.Tensor], torch.Tensor] = run.engine.forward
+        if micro_step == 0 and run.health.due(step + 1):
+            forward = run.health.watching(forward)
         with nullcontext() if last else run.engine.accumulating():
-            logits = run.engine.forward(batch.images)
+            logits = forward(batch.images)
             loss = nn.functional.cross_entropy(
                 logits, batch.labels, label_smoothing=recipe.train.label_smoothing
             ) + kurtosis_penalty(
@@ -175,6 +182,21 @@ class Window:
             images_per_second=images / self._seconds,
             seconds_left=(run.total_steps - run.step) * self._seconds / steps,
         )
+
+
+def report_health(run: Run, result: StepResult) -> None:
+    """Collective: every rank calls this. Write one row about the binary layers, and warn of what is clearly wrong."""
+    saturated_inputs = mean_in_rank_order(run.world, run.health.take_saturated_inputs())
+    forward_bits = result.widths.forward_bits
+    row = run.health.measure(
+        run.step,
+        saturated_inputs=saturated_inputs,
+        at_highest_width=forward_bits >= run.recipe.precision.forward.high,
+    )
+    run.write_row("health", {"forward_bits": forward_bits, **row})
+    if run.world.is_main:
+        for warning in run.health.warnings(lr=result.lr * run.recipe.optim.binary_lr_scale):
+            log.warning("step %d: %s", run.step, warning)
 
 
 def evaluate_and_log(run: Run) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import nn
 
 from cyclebnn_dist.agreement import Agreement
+from cyclebnn_dist.binary import Health
 from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.config import Recipe
 from cyclebnn_dist.data import EvalLoader, TrainLoader
@@ -35,6 +36,7 @@ class Run:
     agreement: Agreement
     train_loader: TrainLoader
     eval_loader: EvalLoader
+    health: Health
     totals: Totals
     journal: Journal | None
     console: Console
@@ -46,7 +48,7 @@ class Run:
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
 
-    def write_row(self, kind: Literal["train", "eval"], row: dict[str, float]) -> None:
+    def write_row(self, kind: Literal["train", "eval", "health"], row: dict[str, float]) -> None:
         """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 has them)."""
         if self.journal is not None:
             self.journal.write({"event": kind, "step": self.step, **row})

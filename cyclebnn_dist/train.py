@@ -13,7 +13,7 @@ from torch import nn
 from cyclebnn_dist import loop, resume
 from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch
-from cyclebnn_dist.binary import parameter_kinds, scheduled_precision
+from cyclebnn_dist.binary import Health, parameter_kinds, scheduled_precision
 from cyclebnn_dist.checkpoint import newest_checkpoint
 from cyclebnn_dist.comm import build_reducer
 from cyclebnn_dist.comm.mode import communicated_precision
@@ -169,6 +169,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         agreement=agreement,
         train_loader=train_loader,
         eval_loader=eval_loader,
+        health=Health(model, every=recipe.run.health_every, compiled=recipe.model.compile),
         totals=Totals(),
         journal=Journal(run_dir, life=life) if world.is_main else None,
         console=Console(total_steps=total_steps, enabled=world.is_main),

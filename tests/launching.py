@@ -17,7 +17,7 @@ import psutil
 ROOT = Path(__file__).parents[1]
 
 TINY_RECIPE = """\
-run: {{dir: {run_dir}, deterministic: true, log_every: 1, save_every: 1}}
+run: {{dir: {run_dir}, deterministic: true, log_every: 1, health_every: 2, save_every: 1}}
 model: {{name: resnet18, num_classes: 10, kwargs: {{channels: [16, 32, 32, 64]}}}}
 data: {{path: {data}, image_size: 32, threads: 1}}
 train: {{epochs: 2.0, global_batch_size: 16, ema_decay: 0.9, clip_norm: 5.0}}

@@ -86,6 +86,16 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 10
+    health = [
+        {r["step"]: r for r in read_journal(one.run_dir) if r["event"] == "health"}
+        for one in (undisturbed, resumed)
+    ]
+    assert health[0].keys() == health[1].keys() == {2, 4, 6, 8, 10}
+    for step, row in health[0].items():
+        assert row["flip_rate_max"] > 0
+        # A life that began between two measurements has no flip rate at its first one.
+        found = {key: value for key, value in health[1][step].items() if key != "life"}
+        assert found.items() <= row.items()
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from worlds import make_world
 
 from cyclebnn_dist import evaluate, train
+from cyclebnn_dist.binary.quantizers import CycleBNN
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal
@@ -118,6 +119,46 @@ def test_saving_and_evaluating_more_often_does_not_change_the_run(ranks, recipe_
         expected = load_file(newest(often) / f"{name}.safetensors")
         found = load_file(newest(seldom) / f"{name}.safetensors")
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name
+
+
+def test_measuring_health_does_not_change_the_run_and_gives_one_row_for_all_ranks(ranks, recipe_file):
+    measured, without = recipe_file.parent / "measured", recipe_file.parent / "without"
+    common = ["train.epochs=0.8", "train.accumulation=2"]
+    assert ranks(2, run, recipe_file, [*common, f"run.dir={measured}"]) == [0, 0]
+    assert ranks(2, run, recipe_file, [*common, f"run.dir={without}", "run.health_every=0"]) == [0, 0]
+    for name in ("model", "ema", "rank_0", "rank_1"):
+        expected = load_file(newest(without) / f"{name}.safetensors")
+        found = load_file(newest(measured) / f"{name}.safetensors")
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name
+    rows = [row for row in read_journal(measured) if row["event"] == "health"]
+    assert [row["step"] for row in rows] == [2, 4]
+    for row in rows:
+        for measure in ("flip_rate", "saturated_inputs", "latent_magnitude"):
+            own = [value for key, value in row.items() if key.startswith(f"{measure}/layer")]
+            assert len(own) == 16
+            assert row[f"{measure}_min"] == min(own)
+            assert row[f"{measure}_max"] == max(own)
+        assert 0 < row["flip_rate_mean"] < 0.5
+        assert 0 < row["saturated_inputs_mean"] < 1
+    assert not [row for row in read_journal(without) if row["event"] == "health"]
+
+
+def soften(rank, size, path):
+    """A method that forgot to harden its weights for evaluation."""
+    binarize = CycleBNN.binarize_weight
+    CycleBNN.binarize_weight = lambda self, weight: weight
+    try:
+        run(rank, size, path, ["train.epochs=0.2"])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        CycleBNN.binarize_weight = binarize
+
+
+def test_an_accuracy_of_weights_that_are_not_binary_is_never_reported(ranks, recipe_file):
+    for message in ranks(2, soften, recipe_file):
+        assert "not two-valued in evaluation: layer1.0.conv1 (CycleBNN)" in message
+    assert not [row for row in read_journal(recipe_file.parent / "run") if row["event"] == "eval"]
 
 
 def test_accumulated_passes_give_the_gradient_of_the_whole_batch(ranks, recipe_file):

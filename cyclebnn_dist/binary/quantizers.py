@@ -116,6 +116,18 @@ class Binarizer(nn.Module):
         """
         return None
 
+    def input_saturation(self, x: Tensor) -> Tensor | None:
+        """Share of the elements of ``x`` at which the gradient of the sign is 0 in training, a scalar; None: not known."""
+        return None
+
+    def weight_saturation(self, weight: Tensor) -> Tensor | None:
+        """The same share of the latent weights, or None where the method passes some gradient everywhere."""
+        return None
+
+    def weight_signs(self, weight: Tensor) -> Tensor:
+        """Which of its filter's two values each weight takes: True for the upper one."""
+        return self.binarize_weight(weight) > 0.0
+
 
 @method("bnn")
 class BNN(Binarizer):
@@ -130,6 +142,12 @@ class BNN(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return BoxSign.apply(x, 1.0)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return (x.abs() > 1.0).mean(dtype=torch.float32)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        return (weight.abs() > 1.0).mean(dtype=torch.float32)
 
 
 @method("bireal")
@@ -155,6 +173,12 @@ class BiReal(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return SignWithSurrogate.apply(x, "polynomial")
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return (x.abs() >= 1.0).mean(dtype=torch.float32)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        return (weight.abs() > 1.0).mean(dtype=torch.float32)
 
 
 @method("bireal_released")
@@ -252,6 +276,16 @@ class CycleBNN(Binarizer):
             self.input_range[2] > 0.0, self.input_range / weight.clamp_min(1e-30), current
         )
         return remembered[0], remembered[1]
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        rows = at_least_fp32(as_rows(x))
+        _, deviation = mean_and_deviation(rows)
+        value = rows / deviation.unsqueeze(1)
+        if self.quantize_forward:
+            low, high = value.amin(), value.amax()
+            _, step = _sign_offset(low, high, self.widths[0], quantized=True)
+            value = ((value - low) / step).round_() * step + low
+        return (value.abs() >= 1.0).mean(dtype=torch.float32)
 
 
 @method("cyclebnn_released")

@@ -1,4 +1,4 @@
-"""The trial: one image of noise through a model, which is afterwards as before."""
+"""The trial: images through a model that is afterwards as before."""
 
 from __future__ import annotations
 
@@ -30,3 +30,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Forward passes without gradients within; buffers and torch's random generators are afterwards as before."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+        for buffer, before in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(before)

@@ -39,6 +39,8 @@ class RunConfig:
     """Use deterministic kernels only; a resumed run then equals the undisturbed one bit for bit."""
     log_every: int = 10
     """Steps between two progress lines and two rows of metrics.jsonl."""
+    health_every: int = 100
+    """Steps between two rows about the binary layers: sign flips, saturated inputs, latent magnitude; 0 means never."""
     save_every: int = 500
     """Steps between two checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2

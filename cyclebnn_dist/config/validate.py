@@ -13,6 +13,7 @@ MAY_CHANGE = frozenset(
     {
         "run.dir",
         "run.log_every",
+        "run.health_every",
         "binary.recompute",
         "run.save_every",
         "run.keep_checkpoints",
@@ -144,7 +145,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs run.health_every comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cyclebnn_dist.binary.functions import hard_sign, surrogate_gradient
 from cyclebnn_dist.binary.layouts import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import filter_statistics, inner_dims
-from cyclebnn_dist.binary.methods.ede import ede_at, ede_gradient
+from cyclebnn_dist.binary.methods.ede import ede_at, ede_gradient, ede_saturation
 from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
@@ -105,6 +105,18 @@ class AdaBin(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return BinarySetInput.apply(x, self.alpha, self.beta, self.centre_scaled)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        u = (at_least_fp32(x) - self.beta) / self.alpha
+        return (u.abs() >= 1.0).mean(dtype=torch.float32)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        mean, deviation = filter_statistics(weight, unbiased=False)
+        return ede_saturation((at_least_fp32(weight) - mean) / deviation, self.phase)
+
+    def weight_signs(self, weight: Tensor) -> Tensor:
+        mean, _ = filter_statistics(weight, unbiased=False)
+        return weight >= mean
 
 
 @method("adabin_released")

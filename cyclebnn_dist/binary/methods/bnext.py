@@ -72,3 +72,6 @@ class BNext(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return BoxSign.apply(x, BOUND)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return (x.abs() > BOUND).mean(dtype=torch.float32)

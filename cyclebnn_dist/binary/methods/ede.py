@@ -41,3 +41,12 @@ class EDESign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, phase = ctx.saved_tensors
         return ede_gradient(at_least_fp32(x), phase).mul_(grad).to(x.dtype), None
+
+
+NEGLIGIBLE = 1e-3
+"""EDE's gradient is 0 nowhere: below this part of its value at 0 it counts as saturated."""
+
+
+def ede_saturation(x: Tensor, phase: Tensor) -> Tensor:
+    """Share of the elements of ``x`` at which EDE's gradient is negligible; ``phase`` holds t and k."""
+    return (ede_gradient(at_least_fp32(x), phase) < NEGLIGIBLE * phase.prod()).mean(dtype=torch.float32)

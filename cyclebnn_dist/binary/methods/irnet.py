@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cyclebnn_dist.binary.functions import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import CentredSign, filter_statistics, inner_dims
-from cyclebnn_dist.binary.methods.ede import EDESign, ede_at
+from cyclebnn_dist.binary.methods.ede import EDESign, ede_at, ede_saturation
 from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
 
@@ -46,6 +46,13 @@ class IRNet(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         return EDESign.apply(x, self.phase)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return ede_saturation(x, self.phase)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        mean, deviation = filter_statistics(weight)
+        return ede_saturation((at_least_fp32(weight) - mean) / deviation, self.phase)
 
 
 @method("irnet_released")

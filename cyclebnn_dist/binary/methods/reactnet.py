@@ -58,6 +58,13 @@ class ReActNet(Binarizer):
     def binarize_input(self, x: Tensor) -> Tensor:
         return ShiftedSign.apply(x, self.bias, self.channel_dim)
 
+    def input_saturation(self, x: Tensor) -> Tensor:
+        shifted = x + along_channels(self.bias, x, self.channel_dim)
+        return (shifted.abs() >= 1.0).mean(dtype=torch.float32)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        return (weight.abs() > 1.0).mean(dtype=torch.float32)
+
 
 @method("reactnet_released")
 class ReActNetReleased(ReActNet):

@@ -61,3 +61,14 @@ class ReCU(Binarizer):
     def scale_output(self, y: Tensor) -> Tensor:
         unused = (self.widths[1], self.widths[2:], self.widths[:1])
         return ScaledOutput.apply(y, self.alpha * self.gain, self.channel_dim, *unused, False)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        rows = at_least_fp32(as_rows(x))
+        _, deviation = mean_and_deviation(rows)
+        return ((rows / deviation.unsqueeze(1)).abs() >= 1.0).mean(dtype=torch.float32)
+
+    def weight_saturation(self, weight: Tensor) -> Tensor:
+        mean, deviation = filter_statistics(weight, epsilon=EPSILON)
+        magnitude = (at_least_fp32(weight) - mean).abs() * (self.WEIGHT_GAIN / deviation)
+        bound = -magnitude.mean() * torch.log(2.0 - 2.0 * self.phase)
+        return (magnitude > bound).mean(dtype=torch.float32)

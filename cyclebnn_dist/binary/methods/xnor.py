@@ -63,3 +63,6 @@ class XNORNet(Binarizer):
         if self.channel_dim == -1:
             return magnitude.mean(-1, keepdim=True)
         return magnitude.unflatten(1, (self.groups, -1)).mean(2)
+
+    def input_saturation(self, x: Tensor) -> Tensor:
+        return (x.abs() > 1.0).mean(dtype=torch.float32)
