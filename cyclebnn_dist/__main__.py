@@ -189,16 +189,11 @@ def _schedule(options: argparse.Namespace) -> int:
         recipe, images=options.images, steps=options.steps, epoch_steps=options.steps_per_epoch
     )
     schedule, described = preview(recipe, length=length, ranks=options.ranks)
+    print(json.dumps(described) if options.json else render_preview(schedule, described))
     if options.plot:
         from cyclebnn_dist.preview.plot import plot_preview
 
         plot_preview(described, options.plot, title=str(options.recipe))
-    if options.json:
-        print(json.dumps(described))
-    else:
-        print(render_preview(schedule, described))
-        if options.plot:
-            print(f"plot              {options.plot}")
     return 0
 
 

@@ -15,7 +15,7 @@ EXPONENTIAL_RATE = 4.0
 """Of the exponential profile: it has covered half its way after 0.17 of a cycle, and 98 % at the end."""
 
 DEMON_WEIGHT = 0.9
-"""Of the demon profile, whose decay 0.9 in Demon's momentum rule started: the paper calls it reflected exponential (REX)."""
+"""Of the demon profile: the decay rule of Demon with 0.9, turned round. The paper calls it REX, reflected exponential."""
 
 
 def cosine(progress: float) -> float:

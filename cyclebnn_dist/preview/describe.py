@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from cyclebnn_dist.batching import steps_per_epoch, total_steps
 from cyclebnn_dist.binary import count, scheduled_precision
@@ -24,8 +24,7 @@ from cyclebnn_dist.precision import Schedule, build_schedule, training_saving
 CHANNELS = ("forward", "backward", "communication")
 
 
-@dataclass(frozen=True)
-class Length:
+class Length(NamedTuple):
     """How long a run is, in optimizer steps, and ``source``: where that is known from."""
 
     total_steps: int

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.preview.text import bits_in_words
 from cyclebnn_dist.report import readable_size
 
 INK = "#1f4e79"
@@ -35,14 +36,14 @@ def plot_preview(described: dict[str, Any], path: Path, *, title: str) -> None:
         panel.set_ylim(0, used["max"] * 1.15)
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
         panel.set_ylabel("bits")
-        panel.set_title(f"{name}: {used['min']} to {used['max']}, mean {used['mean']:.2f} bits", fontsize=9)
+        panel.set_title(f"{name}: {bits_in_words(used)}", fontsize=9)
     epoch_steps = described["steps_per_epoch"]
-    epochs = panels[0].secondary_xaxis(
-        1.25, functions=(lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps)
-    )
-    epochs.set_xlabel("epoch")
     panels[-1].set_xlim(0, steps)
     panels[-1].set_xlabel("step")
+    epochs = panels[-1].secondary_xaxis(
+        -0.45, functions=(lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps)
+    )
+    epochs.set_xlabel("epoch")
     sent = "nothing sent"
     if described["sent_bytes"]:
         ratio = described["fp32_bytes"] / described["sent_bytes"]

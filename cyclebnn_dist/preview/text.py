@@ -23,7 +23,7 @@ def render_preview(schedule: Schedule, described: dict[str, Any]) -> str:
     ]
     for name, used in channels.items():
         bars = _bars(getattr(schedule, name).first(steps), highest=used["max"])
-        lines.append(f"{name:<{width}}  {bars}  {used['min']} to {used['max']}, mean {used['mean']:.2f} bits")
+        lines.append(f"{name:<{width}}  {bars}  {bits_in_words(used)}")
     lines.append(_axis(described, width=width, columns=min(COLUMNS, steps)))
 
     widths = sorted({bits for used in channels.values() for bits in used["histogram"]})
@@ -41,6 +41,13 @@ def render_preview(schedule: Schedule, described: dict[str, Any]) -> str:
         f"operations, {100 * described['training_saving_model']:.1f} % of the whole model's (CPT's cost formula)",
     ]
     return "\n".join(lines)
+
+
+def bits_in_words(used: dict[str, Any]) -> str:
+    """Range and mean of one width."""
+    if used["min"] == used["max"]:
+        return f"always {used['min']} bits"
+    return f"{used['min']} to {used['max']}, mean {used['mean']:.2f} bits"
 
 
 def _bars(bits: bytes, *, highest: int) -> str:
