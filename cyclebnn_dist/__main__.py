@@ -93,6 +93,26 @@ def build_parser() -> argparse.ArgumentParser:
         "additions too); bnext (stem, classifier and gates at 8 bits); fvbitcore (BOPs / 32)",
     )
 
+    schedule = command(
+        "schedule",
+        _schedule,
+        "what a recipe's schedule will do: bits against step, bytes sent, operations saved",
+        "  cyclebnn schedule recipes/quickstart.yaml --plot schedule.png\n"
+        "  cyclebnn schedule recipes/imagenet_resnet18.yaml --images 1281167 --ranks 16\n"
+        "  cyclebnn schedule recipes/quickstart.yaml precision.forward.shape=triangular --steps 5000 --json",
+    )
+    _add_recipe(schedule)
+    schedule.add_argument("--images", type=int, help="number of training images, where data.path is not here")
+    schedule.add_argument(
+        "--steps", type=int, help="optimizer steps of the whole run, instead of counting images"
+    )
+    schedule.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch")
+    schedule.add_argument(
+        "--ranks", type=int, default=2, help="ranks that bytes are counted for (default: 2)"
+    )
+    schedule.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
+    schedule.add_argument("--json", action="store_true", help="print one JSON object")
+
     config = command(
         "config",
         _config,
@@ -158,6 +178,22 @@ def _summary(options: argparse.Namespace) -> int:
     from cyclebnn_dist.models.summary import summarize_recipe
 
     print(summarize_recipe(recipe, as_json=options.json, convention=options.convention))
+    return 0
+
+
+def _schedule(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from cyclebnn_dist.preview import preview, render_preview, run_length
+
+    length = run_length(
+        recipe, images=options.images, steps=options.steps, epoch_steps=options.steps_per_epoch
+    )
+    schedule, described = preview(recipe, length=length, ranks=options.ranks)
+    print(json.dumps(described) if options.json else render_preview(schedule, described))
+    if options.plot:
+        from cyclebnn_dist.preview.plot import plot_preview
+
+        plot_preview(described, options.plot, title=str(options.recipe))
     return 0
 
 

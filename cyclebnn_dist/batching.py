@@ -39,3 +39,8 @@ def steps_per_epoch(config: TrainConfig, *, num_images: int) -> int:
             f"use at most {num_images}",
         )
     return steps
+
+
+def total_steps(config: TrainConfig, *, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, at least 1."""
+    return max(1, round(config.epochs * steps_per_epoch))

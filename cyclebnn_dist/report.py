@@ -89,8 +89,8 @@ def _sent(summary: dict[str, Any]) -> str:
     if sent == 0:
         return "none: one rank has nobody to send to"
     return (
-        f"{_size(sent)} per rank; fp32 would have sent {_size(fp32)} ({fp32 / sent:.2f}x), "
-        f"bf16 {_size(bf16)} ({bf16 / sent:.2f}x)"
+        f"{readable_size(sent)} per rank; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
+        f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
     )
 
 
@@ -101,7 +101,8 @@ def _command() -> str:
     return os.path.relpath(Path(sys.prefix) / "bin" / "cyclebnn")
 
 
-def _size(num_bytes: float) -> str:
+def readable_size(num_bytes: float) -> str:
+    """Bytes in decimal units, to three digits."""
     units = ("bytes", "kB", "MB", "GB", "TB", "PB")
     power = min(len(units) - 1, int(math.log10(max(1.0, num_bytes)) // 3))
     return f"{num_bytes / 1000**power:.3g} {units[power]}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from cyclebnn_dist import loop, resume
 from cyclebnn_dist.agreement import Agreement
-from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch
+from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch, total_steps
 from cyclebnn_dist.binary import Health, parameter_kinds, scheduled_precision
 from cyclebnn_dist.checkpoint import newest_checkpoint
 from cyclebnn_dist.comm import build_reducer
@@ -114,13 +114,15 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
     epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
-    total_steps = max(1, round(recipe.train.epochs * epoch_steps))
+    run_steps = total_steps(recipe.train, steps_per_epoch=epoch_steps)
     resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
     precision = scheduled_precision(recipe.precision, model)
     precision = communicated_precision(precision, recipe.comm, world_size=world.size)
-    schedule = build_schedule(precision, total_steps=total_steps, steps_per_epoch=epoch_steps)
+    schedule = build_schedule(
+        precision, total_steps=run_steps, steps_per_epoch=epoch_steps, warn=world.is_main
+    )
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
@@ -172,10 +174,10 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         health=Health(model, every=recipe.run.health_every, compiled=recipe.model.compile),
         totals=Totals(),
         journal=Journal(run_dir, life=life) if world.is_main else None,
-        console=Console(total_steps=total_steps, enabled=world.is_main),
+        console=Console(total_steps=run_steps, enabled=world.is_main),
         wandb=WandbRun(run_dir, recipe.wandb, recipe=to_dict(recipe), enabled=world.is_main),
         preemption=PreemptionFlag().install(),
-        total_steps=total_steps,
+        total_steps=run_steps,
         steps_per_epoch=epoch_steps,
         eval_forward_bits=recipe.eval.forward_bits or precision.forward.high,
     )

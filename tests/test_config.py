@@ -189,6 +189,17 @@ def test_recipes_that_inherit_in_a_circle_are_refused_not_followed(tmp_path):
     assert "a.yaml -> b.yaml -> a.yaml" in str(refused(tmp_path / "a.yaml"))
 
 
+PIECES = ["precision.forward.schedule=piecewise", "precision.forward.pieces=[[0, 6], [30.5, 2]]"]
+
+
+def test_pieces_are_read_saved_and_told(tmp_path):
+    recipe = load_recipe(write(tmp_path, ""), PIECES)
+    assert recipe.precision.forward.pieces == ((0.0, 6), (30.5, 2))
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_saved(tmp_path / "saved.yaml") == recipe
+    assert "list of [number, integer] pairs" in render_reference()
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
@@ -225,6 +236,20 @@ def test_recipes_that_inherit_in_a_circle_are_refused_not_followed(tmp_path):
         (["precision.communication.low=0"], "precision.communication.low"),
         (["precision.communication.cycles=0"], "precision.communication.cycles"),
         (["precision.communication.warmup_epochs=90"], "precision.communication.warmup_epochs"),
+        (["precision.forward.schedule=triangular"], "precision.forward.schedule"),
+        (["precision.forward.schedule=piecewise"], "precision.forward.pieces"),
+        (["precision.forward.pieces=[[0, 4]]"], "precision.forward.pieces"),
+        ([*PIECES, "precision.forward.pieces=[[1, 4]]"], "precision.forward.pieces"),
+        ([*PIECES, "precision.forward.pieces=[[0, 4], [9, 3], [5, 4]]"], "precision.forward.pieces"),
+        ([*PIECES, "precision.forward.pieces=[[0, 4], [90, 3]]"], "precision.forward.pieces"),
+        (
+            [*PIECES, "precision.forward.pieces=[[0, 1]]", "precision.forward.low=2"],
+            "precision.forward.pieces",
+        ),
+        ([*PIECES, "precision.forward.pieces=[[0, 7]]"], "precision.forward.pieces"),
+        ([*PIECES, "precision.forward.pieces=[[0, 4.5]]"], "precision.forward.pieces[0][1]"),
+        ([*PIECES, "precision.forward.pieces=[[0, 4, 5]]"], "precision.forward.pieces[0]"),
+        ([*PIECES, "precision.forward.warmup_epochs=1"], "precision.forward.warmup_epochs"),
         (["model.pretrained=true", "model.weights=w.safetensors"], "model.weights"),
         (["model.kwargs.num_classes=3"], "model.kwargs.num_classes"),
         (["eval.forward_bits=1"], "eval.forward_bits"),
@@ -244,6 +269,7 @@ def test_values_that_cannot_be_are_refused_before_anything_starts(tmp_path, over
         WidthConfig(low=4, high=4),
         WidthConfig(low=32, high=32),
         WidthConfig(schedule="constant", low=2, high=16),
+        WidthConfig(schedule="piecewise", low=1, high=16, pieces=((0.0, 16), (1.0, 8), (2.0, 1))),
     ],
 )
 def test_every_width_the_reducer_has_is_accepted(width):

@@ -1,6 +1,7 @@
 """The commands as a user types them. Without these a documented line would end in a traceback."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ def recipe(tmp_path_factory, tiny_data):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["evaluate"], ["summary"], ["config"], ["data"], ["data", "sample"]]
+    "words",
+    [[], ["train"], ["evaluate"], ["summary"], ["schedule"], ["config"], ["data"], ["data", "sample"]],
 )
 def test_help_is_everywhere_with_examples(words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -86,6 +88,18 @@ def test_training_tells_the_layers_how_far_it_is(recipe):
     assert seen == pytest.approx([step / len(seen) for step in range(len(seen))])
 
 
+def test_schedule_prints_and_draws_what_a_recipe_will_do(recipe, tmp_path, capsys):
+    plot = tmp_path / "plot.png"
+    arguments = ["precision.forward.shape=triangular", "--steps", "5000", "--ranks", "4", "--plot", str(plot)]
+    assert main(["schedule", str(recipe), *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "5000 steps, 2500 an epoch" in text
+    assert "with 4 ranks" in text
+    forward = text.splitlines()[2]
+    assert re.search(r"  █+▇+▆+▅+▄+▃+▄+▅+▆+▇+█+  2 to 6, mean 4\.00 bits", forward), forward
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_config_lists_every_section(capsys):
     assert main(["config"]) == 0
     text = capsys.readouterr().out
@@ -99,6 +113,12 @@ def test_config_lists_every_section(capsys):
         (["train", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "/nowhere"], "no complete checkpoint"),
         (["summary", "{recipe}", "optim.lrr=1"], "did you mean optim.lr?"),
+        (["schedule", "{recipe}", "data.path=/nowhere"], "give --images N (training images) or --steps N"),
+        (["schedule", "{recipe}", "--steps", "0"], "--steps: 0 is out of range"),
+        (["schedule", "{recipe}", "--steps", "9", "--images", "9"], "--images: stands beside --steps"),
+        (["schedule", "{recipe}", "--ranks", "0"], "--ranks: 0 is out of range"),
+        (["schedule", "{recipe}", "--plot", "plot.jpg"], "use plot.png"),
+        (["schedule", "{recipe}", "--plot", "/nowhere/plot.png"], "cannot write /nowhere/plot.png"),
     ],
 )
 def test_what_is_refused_is_told_in_a_few_lines(recipe, capsys, arguments, words):
@@ -108,7 +128,7 @@ def test_what_is_refused_is_told_in_a_few_lines(recipe, capsys, arguments, words
     assert len(text.splitlines()) <= 4
 
 
-def test_torchrun_trains_and_the_result_can_be_evaluated_and_started_from(recipe):
+def test_torchrun_trains_as_foretold_and_the_result_can_be_evaluated_and_started_from(recipe, capsys):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     trained = subprocess.run(
         [
@@ -131,6 +151,15 @@ def test_torchrun_trains_and_the_result_can_be_evaluated_and_started_from(recipe
     run_dir = recipe.parent / "run"
     summary = json.loads((run_dir / "summary.json").read_text())
     assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+
+    assert main(["schedule", str(recipe), "train.amp=bf16", "--ranks", "2", "--json"]) == 0
+    foretold = json.loads(capsys.readouterr().out)
+    assert foretold["sent_bytes"] == summary["sent_bytes"]
+    assert foretold["fp32_bytes"] == pytest.approx(summary["fp32_bytes"], rel=1e-12)
+    for key in ("steps", "ranks", "training_saving_model", "training_saving_binary_layers"):
+        assert foretold[key] == summary[key]
+    for channel, used in summary["bits"].items():
+        assert used.items() <= foretold["bits"][channel].items()
 
     command = [sys.executable, "-m", "cyclebnn_dist", "evaluate", str(run_dir), "--json"]
     evaluated = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

@@ -1,17 +1,24 @@
-"""The precision schedule: CPT's saw-tooth cosine, a pure function of the step."""
+"""The precision schedule: profiles, shapes and pieces, pure functions of the step."""
 
+import hashlib
+import json
+import logging
 import math
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from decimal import ROUND_HALF_EVEN, Decimal
+from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cyclebnn_dist.config.recipe import PrecisionConfig, WidthConfig
-from cyclebnn_dist.precision import Widths, build_schedule
+from cyclebnn_dist.precision import Widths, build_schedule, profiles, schedule
+from cyclebnn_dist.precision.profiles import PROFILES
 
 
 def forward_schedule(total_steps, *, steps_per_epoch=100, **width):
@@ -76,16 +83,113 @@ def test_channels_follow_their_own_settings():
     assert schedule.at(50) == Widths(2, 8, 16)
 
 
-def test_more_cycles_than_steps_is_no_error():
-    assert forward_bits(3, low=2, high=6, cycles=8) == [2, 2, 2]
+def test_cycles_that_do_not_fit_become_fewer_and_are_told(caplog):
+    """Otherwise a short trial of a long recipe would spend every step at its lowest width."""
+    with caplog.at_level(logging.WARNING):
+        assert forward_bits(5, low=2, high=6, cycles=8) == [2, 4, 2, 4, 6]
+    assert "precision.forward.cycles: 8 cycles of at least 2 steps do not fit into 5 steps" in caplog.text
+    assert "there will be 2" in caplog.text
+    assert forward_bits(1, low=2, high=6, cycles=8) == [6]
     assert forward_bits(1, low=2, high=6, cycles=8, warmup_epochs=1) == [6]
 
 
+def test_cycles_that_fit_are_not_warned_about_and_one_rank_is_enough(caplog):
+    forward_bits(300, low=2, high=6, cycles=8)
+    build_schedule(PrecisionConfig(), total_steps=3, steps_per_epoch=1, warn=False)
+    assert caplog.text == ""
+
+
+def nearest(value):
+    """Nearest whole number, ties to the even one, of a Fraction or a Decimal."""
+    if isinstance(value, Fraction):
+        return round(value)
+    return int(value.quantize(Decimal(1), rounding=ROUND_HALF_EVEN))
+
+
+def plain_level(profile, z):
+    """The equations of CPT and of arXiv 2403.02243, exactly or to 28 digits; z is a Fraction."""
+    if profile == "linear":
+        return z
+    if profile == "demon":
+        return 1 - (1 - z) / (Fraction(1, 10) + Fraction(9, 10) * (1 - z))
+    if profile == "exponential":
+        return 1 - (Decimal(-4) * z.numerator / z.denominator).exp()
+    exact = {(0, 1): (0, 1), (1, 3): (1, 4), (1, 2): (1, 2), (2, 3): (3, 4)}.get(z.as_integer_ratio())
+    return Fraction(*exact) if exact else Decimal((1 - math.cos(math.pi * z)) / 2)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("shape", ["repeated", "triangular", "reversed"])
+@pytest.mark.parametrize("mirror", ["vertical", "horizontal"])
+@pytest.mark.parametrize(("low", "high", "period"), [(2, 6, 60), (1, 8, 97), (2, 16, 12), (4, 5, 84)])
+def test_every_step_follows_its_equation(profile, shape, mirror, low, high, period):
+    """By these numbers a recipe is compared to the papers'."""
+    found = forward_bits(
+        4 * period, schedule=profile, shape=shape, mirror=mirror, low=low, high=high, cycles=4
+    )
+    for step, bits in enumerate(found):
+        cycle, place = divmod(step, period)
+        z = Fraction(place, period)
+        falls = shape == "reversed" or (shape == "triangular" and cycle in (0, 2))
+        if not falls:
+            share = plain_level(profile, z)
+        elif mirror == "vertical":
+            share = 1 - plain_level(profile, z)
+        elif z == 0:
+            share = {"exponential": 1 - Decimal(-4).exp()}.get(profile, Fraction(1))
+        else:
+            share = plain_level(profile, 1 - z)
+        assert bits == nearest(low + (high - low) * share), step
+
+
+def test_falling_is_a_mirror_image():
+    for profile in PROFILES:
+        rising = forward_bits(101, schedule=profile, low=2, high=9, cycles=1)
+        swapped = forward_bits(101, schedule=profile, shape="reversed", low=2, high=9, cycles=1)
+        backwards = forward_bits(
+            101, schedule=profile, shape="reversed", mirror="horizontal", low=2, high=9, cycles=1
+        )
+        assert [2 + 9 - bits for bits in rising] == swapped
+        assert backwards[1:] == rising[:0:-1]
+
+
+def test_triangular_turns_and_ends_high_whatever_the_number_of_cycles():
+    even = forward_bits(400, shape="triangular", low=2, high=6, cycles=4)
+    odd = forward_bits(300, shape="triangular", low=2, high=6, cycles=3)
+    assert (even[0], even[99], even[100], even[199], even[200]) == (6, 2, 2, 6, 6)
+    assert (odd[0], odd[99], odd[100]) == (2, 6, 6)
+    assert even[-1] == odd[-1] == 6
+    assert max(abs(a - b) for a, b in pairwise(even)) == 1, "it jumps nowhere"
+
+
+def test_reversed_ends_low_as_asked_even_where_cycles_do_not_divide_the_run():
+    assert forward_bits(107, shape="reversed", low=2, high=6, cycles=5)[-3:] == [2, 2, 2]
+
+
+def test_pieces_begin_at_their_epochs():
+    pieces = ((0.0, 8), (0.5, 3), (2.0, 6))
+    bits = forward_bits(300, schedule="piecewise", low=3, high=8, pieces=pieces)
+    assert bits == [8] * 50 + [3] * 150 + [6] * 100
+    assert (
+        forward_schedule(30, schedule="piecewise", low=3, high=8, pieces=pieces).at(10**6).forward_bits == 6
+    )
+
+
+pieces_of = st.lists(st.tuples(st.floats(0.01, 40), st.integers(2, 16)), max_size=5)
 widths = st.builds(
-    WidthConfig,
-    schedule=st.sampled_from(["cosine", "constant"]),
-    low=st.integers(1, 8),
-    high=st.integers(8, 16),
+    lambda pieces, ends, **fields: WidthConfig(
+        low=ends[0],
+        high=ends[1],
+        pieces=((0.0, ends[1]), *((at, min(max(b, ends[0]), ends[1])) for at, b in sorted(pieces)))
+        if fields["schedule"] == "piecewise"
+        else (),
+        **fields,
+    ),
+    pieces=pieces_of,
+    ends=st.tuples(st.integers(1, 16), st.integers(1, 16)).map(sorted),
+    schedule=st.sampled_from([*PROFILES, "constant", "piecewise"]),
+    shape=st.sampled_from(["repeated", "triangular", "reversed"]),
+    mirror=st.sampled_from(["vertical", "horizontal"]),
     cycles=st.integers(1, 40),
     warmup_epochs=st.floats(0, 3),
 )
@@ -104,16 +208,41 @@ def test_bits_stay_in_bounds_and_depend_on_the_step_alone(width, total_steps, st
 
 
 @given(width=widths, total_steps=st.integers(1, 3000))
-def test_every_cycle_is_the_same(width, total_steps):
-    channel = build_schedule(
-        PrecisionConfig(forward=width), total_steps=total_steps, steps_per_epoch=50
-    ).forward
-    for index in range(channel.cycles * channel.period_steps - channel.period_steps):
-        step = channel.hold_steps + index
-        assert channel.at(step) == channel.at(step + channel.period_steps)
-    assert (
-        channel.cycles == 0 or channel.cycles * (channel.period_steps + 1) > total_steps - channel.hold_steps
-    )
+def test_cycles_are_alike_and_share_the_run(width, total_steps):
+    channel = forward_schedule(total_steps, steps_per_epoch=50, **vars(width)).forward
+    after = 2 * channel.period_steps if width.shape == "triangular" else channel.period_steps
+    for since in range(channel.cycles * channel.period_steps - after):
+        step = channel.hold_steps + since
+        assert channel.at(step) == channel.at(step + after)
+    cycled = channel.cycles * channel.period_steps
+    assert channel.cycles == 0 or 0 <= total_steps - channel.hold_steps - cycled < channel.cycles
+
+
+@given(width=widths, total_steps=st.integers(1, 3000), cuts=st.lists(st.integers(0, 3000), max_size=5))
+def test_a_run_is_the_same_however_it_is_cut(width, total_steps, cuts):
+    """What is planned at once must be what a run does step by step, also when it is resumed."""
+    one = forward_schedule(total_steps, steps_per_epoch=50, **vars(width))
+    whole = one.forward.first(total_steps)
+    assert list(whole) == [one.at(step).forward_bits for step in range(total_steps)]
+    for cut in cuts:
+        part = one.forward.first(min(cut, total_steps))
+        assert part == whole[: len(part)]
+    assert one.counts() == Counter(map(one.at, range(total_steps)))
+
+
+@given(width=widths, total_steps=st.integers(1, 3000))
+def test_only_what_asks_for_it_ends_at_its_lowest_width(width, total_steps):
+    channel = forward_schedule(total_steps, steps_per_epoch=50, **vars(width)).forward
+    if width.low < width.high and width.schedule in PROFILES and width.shape != "reversed":
+        assert channel.at(total_steps - 1) > width.low
+
+
+@given(width=widths, total_steps=st.integers(1, 3000))
+def test_warmup_is_never_below_high(width, total_steps):
+    channel = forward_schedule(total_steps, steps_per_epoch=50, **vars(width)).forward
+    if width.schedule != "piecewise":
+        warmup = min(total_steps, round(50 * width.warmup_epochs))
+        assert set(channel.first(warmup)) <= {width.high}
 
 
 def test_digest_tells_schedules_apart():
@@ -125,6 +254,26 @@ def test_digest_tells_schedules_apart():
         digests.add(build_schedule(changed, total_steps=100, steps_per_epoch=10).digest())
     assert len(digests) == 5
     assert all(0 <= digest < 2**63 for digest in digests)
+
+
+def test_digest_changes_with_a_formula(monkeypatch):
+    """A rank with other code must not be taken for one of these."""
+    before = forward_schedule(100).digest()
+    monkeypatch.setattr(profiles, "EXPONENTIAL_RATE", 4.001)
+    assert forward_schedule(100).digest() != before
+
+
+def test_what_a_step_gets_is_pinned():
+    """Where this fails on purpose, raise ``_FORMULA``: ranks and runs of two versions must not be mixed."""
+    bits = []
+    for name in PROFILES:
+        for shape in ("repeated", "triangular", "reversed"):
+            for mirror in ("vertical", "horizontal"):
+                for total_steps in (7, 100, 1001):
+                    fields = {"schedule": name, "shape": shape, "mirror": mirror, "low": 2, "high": 7}
+                    bits.append(forward_bits(total_steps, cycles=3, warmup_epochs=0.02, **fields))
+    found = hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:16]
+    assert (schedule._FORMULA, found) == (2, "1feca3565c5d434a")
 
 
 def test_digest_is_the_same_in_every_process():

@@ -212,16 +212,22 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class WidthConfig:
-    """One cycled width in bits: a pure function of the global step."""
+    """One scheduled width in bits: a pure function of the global step."""
 
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """cosine: CPT's sawtooth, rising from low to high in every cycle; constant: always high."""
+    schedule: Literal["cosine", "linear", "exponential", "demon", "constant", "piecewise"] = "cosine"
+    """How a cycle rises: cosine is CPT's; exponential at once, demon late (2403.02243). constant: always high."""
     low: int = 2
-    """Bits at the start of a cycle: 2 to 16 or 32; for communication 1 to 8, 16 or 32."""
+    """Lowest width, where a cycle starts: 2 to 16 or 32 bits; for communication 1 to 8, 16 or 32."""
     high: int = 8
-    """Bits at the end of a cycle, and of a constant width; the same range. Cycles stay within 2 to 16, or 1 to 8."""
+    """Highest width, where a cycle ends, and that of a constant one; cycles stay within 2 to 16, or 1 to 8."""
     cycles: int = 8
-    """Number of cycles over the whole run."""
+    """Number of cycles over the whole run, after warm-up; fewer, with a warning, where there are too few steps."""
+    shape: Literal["repeated", "triangular", "reversed"] = "repeated"
+    """repeated: every cycle rises; triangular: they fall and rise in turn, the last one rises; reversed: all fall."""
+    mirror: Literal["vertical", "horizontal"] = "vertical"
+    """What a falling cycle is: vertical swaps high and low, horizontal runs backwards; alike for cosine and linear."""
+    pieces: tuple[tuple[float, int], ...] = ()
+    """Of a piecewise schedule: [epoch, bits] pairs, e.g. [[0, 8], [30, 4]]: 8 bits, and 4 from epoch 30 on."""
     warmup_epochs: float = 0.0
     """Epochs at the beginning that stay at high: early aggressive quantization does lasting damage (2403.02243)."""
 

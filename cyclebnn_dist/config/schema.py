@@ -120,7 +120,10 @@ def describe(hint: Any) -> str:
         )
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return f"list of {describe(arguments[0])}{'' if arguments[0] is str else 's'}"
+            inner = describe(arguments[0])
+            return f"list of {inner}" + ("" if arguments[0] is str else " pairs" if inner[0] == "[" else "s")
+        if len(set(arguments)) > 1:
+            return f"[{', '.join(map(describe, arguments))}]"
         return f"list of {len(arguments)} {describe(arguments[0])}s"
     if origin is dict:
         return "mapping"
@@ -225,7 +228,7 @@ def _show(value: Any) -> str:
 
 
 def _article(words: str) -> str:
-    if words.startswith(("one of", "true or", "any", "text")):
+    if words.startswith(("one of", "true or", "any", "text", "[")):
         return words
     return ("an " if words[0] in "aeiou" else "a ") + words
 
@@ -240,8 +243,10 @@ def _plain(hint: Any, value: Any) -> Any:
         assert isinstance(hint, type)
         return {name: _plain(inner, getattr(value, name)) for name, inner in hints(hint).items()}
     if isinstance(value, list | tuple):
-        inner = typing.get_args(hint)[:1] or (Any,)
-        return [_plain(inner[0], item) for item in value]
+        inner = typing.get_args(hint) or (Any, ...)
+        if inner[-1] is Ellipsis:
+            inner = inner[:1] * len(value)
+        return [_plain(kind, item) for kind, item in zip(inner, value, strict=True)]
     if isinstance(value, Mapping):
         return {str(k): _plain(Any, v) for k, v in value.items()}
     if hint is float and isinstance(value, int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,7 +38,7 @@ def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, 
     counts = count(model, input_size=(3, side, side), convention=convention)
     steps_per_epoch = max(1, round(SCHEDULE_STEPS / recipe.train.epochs))
     schedule = build_schedule(recipe.precision, total_steps=SCHEDULE_STEPS, steps_per_epoch=steps_per_epoch)
-    saving = training_saving(counts, Counter(map(schedule.at, range(SCHEDULE_STEPS))))
+    saving = training_saving(counts, schedule.counts())
     layers = []
     for row, layer in zip(swap.rows, counts.layers, strict=True):
         assert row.name == layer.name

@@ -1,0 +1,33 @@
+"""The traffic: how many bytes the all-reduce of a model's gradients hands to the network, without sending any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from cyclebnn_dist.comm.counters import Counters
+from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.plan import build_plan
+
+
+def count_step(
+    layout: Layout, buckets: Iterable[Sequence[int]], *, bits: int, rank: int = 0, steps: int = 1
+) -> Counters:
+    """What the counters of ``rank`` gain in ``steps`` steps of ``bits`` bits; their seconds stay 0.
+
+    Sizes are those of the plans that the reducer follows. In the first phase a rank keeps its own message, in the
+    second one it sends the largest owner's size to every other rank; see ``transport``.
+
+    Args:
+        buckets: indices of the parameters that travel together, as DDP groups them.
+    """
+    counters = Counters()
+    others = layout.world_size - 1
+    if others == 0:
+        return counters
+    for indices in buckets:
+        plan = build_plan(layout, indices, bits=bits, rank=rank, device=torch.device("cpu"))
+        sent = sum(plan.sizes) - plan.sizes[rank] + others * plan.padded_size
+        counters.add_exchange(sent_bytes=steps * sent, numel=steps * plan.numel, world_size=layout.world_size)
+    return counters

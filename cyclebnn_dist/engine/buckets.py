@@ -1,0 +1,77 @@
+"""The buckets: which parameters' gradients travel together under DDP, found by asking DDP itself in a world of one.
+
+How it groups them depends on the order in which a backward pass yields gradients, never on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cyclebnn_dist.binary import set_progress, set_widths
+from cyclebnn_dist.comm import Layout, Reducer
+from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.engine.ddp import DDPEngine
+from cyclebnn_dist.losses import kurtosis_penalty
+from cyclebnn_dist.precision import Widths
+
+Grouping = tuple[tuple[int, ...], ...]
+"""Of each bucket, the places of its parameters in the model, in the order of their gradients."""
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """DDP regroups once, when it has seen in which order gradients come."""
+
+    first_step: Grouping
+    later_steps: Grouping
+
+
+class BucketRecorder:
+    """Stands where the reducer of a rank would, and notes what it is given; a world of one sends nothing."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.steps: list[list[tuple[int, ...]]] = []
+
+    def reduce_flat(self, flat: torch.Tensor, *, parameters: list[int]) -> torch.futures.Future[torch.Tensor]:
+        self.steps[-1].append(tuple(parameters))
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(flat)
+        return done
+
+
+def observe_buckets(model: nn.Module, recipe: Recipe, layout: Layout, *, widths: Widths) -> Buckets:
+    """The buckets of a run of ``model``, from two passes of two black images on the CPU.
+
+    The model's gradients and statistics change. It makes a process group of its own, so there must not be one already.
+    A model that is compiled (``model.compile``) hands over its gradients in an order that may differ from this one.
+    """
+    side = recipe.data.image_size
+    recorder = BucketRecorder(layout)
+    amp = "fp32" if recipe.train.amp == "fp32" else "bf16"
+    device = torch.device("cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        reducer = cast(Reducer, recorder)
+        engine = DDPEngine(model, optimizer, reducer, config=recipe.engine, amp=amp, device=device)  # type: ignore[arg-type]
+        set_progress(model, 0.0)
+        set_widths(model, forward_bits=widths.forward_bits, backward_bits=widths.backward_bits)
+        for _ in range(2):
+            recorder.steps.append([])
+            model.zero_grad(set_to_none=True)
+            logits = engine.forward(torch.zeros(2, 3, side, side))
+            loss = nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.int64))
+            loss = loss + kurtosis_penalty(
+                model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
+            )
+            loss.backward()
+    finally:
+        dist.destroy_process_group()
+    first, later = recorder.steps
+    return Buckets(first_step=tuple(first), later_steps=tuple(later))
