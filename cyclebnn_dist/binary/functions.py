@@ -137,8 +137,8 @@ class StandardizedSign(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, deviation, low, step = ctx.saved_tensors
-        x, grad = at_least_fp32(x), at_least_fp32(grad)
+        saved, mean, deviation, low, step = ctx.saved_tensors
+        x, grad = at_least_fp32(saved), at_least_fp32(grad)
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
         if cpu_kernels.usable(x, grad):
@@ -152,7 +152,7 @@ class StandardizedSign(torch.autograd.Function):
                 ctx.quantized,
                 *cpu_kernels.arrays(as_rows(result)),
             )
-            return result.to(ctx.saved_tensors[0].dtype), *[None] * 8
+            return result.to(saved.dtype), *[None] * 8
         factor = ctx.gain / deviation
         if ctx.surrogate == "polynomial":
             if ctx.quantized:
@@ -165,7 +165,7 @@ class StandardizedSign(torch.autograd.Function):
         pull = inner * factor / ((numel - 1) * deviation.square())
         # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor
         result = (grad * factor).addcmul_(x, -pull).add_(mean * pull)
-        return result.to(ctx.saved_tensors[0].dtype), *[None] * 8
+        return result.to(saved.dtype), *[None] * 8
 
 
 class ScaledOutput(torch.autograd.Function):

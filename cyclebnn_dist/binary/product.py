@@ -58,6 +58,8 @@ def binary_product(
         product: Tensor = BinaryProduct.apply(inputs, weight, geometry, operands, keep)
     node = None if torch.compiler.is_compiling() else product.grad_fn
     if node is not None:
+        if rebuild is not None and hasattr(node, "packed"):
+            node.packed = (node.packed[0], rebuild)
         if keep == "recompute":
             offer(product, Rebuild(lambda: _recompute(node)))
         elif getattr(node, "integers", None) is not None:
@@ -76,7 +78,11 @@ class BinaryProduct(torch.autograd.Function):
         ctx.input_layout, ctx.weight_layout = layout_of(inputs), layout_of(weight)
         needed = any(ctx.needs_input_grad)
         if needed:
-            ctx.save_for_backward(*_packed(inputs, weight, operands))
+            packed = _packed(inputs, weight, operands)
+            ctx.save_for_backward(*packed)
+            if keep != "nothing" and not torch.compiler.is_compiling():
+                # Rebuilding must not take what the backward pass itself is to have once.
+                ctx.packed = packed
         scale = None
         if operands == "scaled_signs":
             scale = _scale(weight)
@@ -95,7 +101,7 @@ class BinaryProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         geometry: Geometry | None = ctx.geometry
-        inputs, weight = _operands(ctx, grad.dtype)
+        inputs, weight = _operands(ctx, ctx.saved_tensors, grad.dtype)
         need_input, need_weight = ctx.needs_input_grad[:2]
         if geometry is None:
             input_grad = grad @ weight if need_input else None
@@ -152,9 +158,12 @@ def _packed(inputs: Tensor, weight: Tensor, operands: Operands) -> tuple[Tensor,
     return (input_bits, weight_bits) if operands == "signs" else (input_bits, weight_bits, _scale(weight))
 
 
-def _operands(ctx: Any, dtype: torch.dtype, *, scaled: bool = True) -> tuple[Tensor, Tensor]:
+def _operands(
+    ctx: Any, packed: tuple[Any, ...], dtype: torch.dtype, *, scaled: bool = True
+) -> tuple[Tensor, Tensor]:
     """Inputs and weight of a product as they were, in ``dtype``; signs without their scale if not ``scaled``."""
-    input_bits, saved, *numbers = ctx.saved_tensors
+    input_bits, saved, *numbers = packed
+    saved = saved.peek() if isinstance(saved, Rebuild) else saved
     if ctx.operands == "two_valued":
         input_low, input_high, weight_low, weight_high = numbers
         inputs = torch.where(_unpack_mask(input_bits, ctx.input_layout), input_high, input_low)
@@ -181,7 +190,7 @@ def _from_integers(node: Any) -> Tensor:
 
 def _recompute(node: Any) -> Tensor:
     """The product of this node of the graph, computed once more."""
-    product = multiply(*_operands(node, node.dtype, scaled=False), node.geometry)
+    product = multiply(*_operands(node, node.packed, node.dtype, scaled=False), node.geometry)
     if node.operands in _INTEGER and product.is_cuda:
         product.round_()
     return _scaled(product, node)
@@ -190,7 +199,7 @@ def _recompute(node: Any) -> Tensor:
 def _scaled(product: Tensor, node: Any) -> Tensor:
     if node.operands != "scaled_signs":
         return product
-    return product.mul_(_per_output(node.saved_tensors[2], product, node.geometry))
+    return product.mul_(_per_output(node.packed[2], product, node.geometry))
 
 
 def _scale(weight: Tensor) -> Tensor:
