@@ -121,6 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     config.add_argument("--markdown", action="store_true", help="print Markdown tables")
 
+    bench = command(
+        "bench",
+        lambda options: options.run_bench(options),
+        "measure on this machine what the project claims",
+        "  cyclebnn bench layers",
+    )
+    _add_bench_commands(bench)
+
     data = command(
         "data",
         lambda options: options.run_data(options),
@@ -134,6 +142,33 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _add_bench_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    layers = commands.add_parser(
+        "layers",
+        help="time and memory of a training step with binary layers",
+        description="One training step of a model with binary layers of every method, beside the real model and beside "
+        "a CycleBNN layer composed of ordinary operations: ratios of times measured in turn, and bytes kept.",
+        epilog="examples:\n  cyclebnn bench layers\n"
+        "  cyclebnn bench layers --methods cyclebnn bnn --seconds 60 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    layers.set_defaults(run_bench=_bench_layers)
+    layers.add_argument("--methods", nargs="+", metavar="METHOD", help="binarization methods (default: all)")
+    layers.add_argument("--model", default="resnet18", help="timm model (default: resnet18)")
+    layers.add_argument("--batch", type=int, default=16, help="images of a step (default: 16)")
+    layers.add_argument(
+        "--image-size", type=int, default=224, help="side of an image in pixels (default: 224)"
+    )
+    layers.add_argument(
+        "--seconds", type=float, default=200.0, help="about how long to measure (default: 200)"
+    )
+    layers.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
+    )
+    layers.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_data_commands(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +229,21 @@ def _schedule(options: argparse.Namespace) -> int:
         from cyclebnn_dist.preview.plot import plot_preview
 
         plot_preview(described, options.plot, title=str(options.recipe))
+    return 0
+
+
+def _bench_layers(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.bench.layers import bench_layers, render
+
+    result = bench_layers(
+        methods=options.methods,
+        model=options.model,
+        batch=options.batch,
+        image_size=options.image_size,
+        seconds=options.seconds,
+        device=options.device,
+    )
+    print(json.dumps(result) if options.json else render(result))
     return 0
 
 

@@ -12,9 +12,13 @@ from cyclebnn_dist.binary import (
     BinaryConv2d,
     BinaryLinear,
     binary_modules,
+    cpu_kernels,
     parameter_kinds,
     set_widths,
 )
+from cyclebnn_dist.binary.rebuild import keep_less_
+from cyclebnn_dist.config.recipe import PrecisionConfig, WidthConfig
+from cyclebnn_dist.precision import build_schedule
 
 
 def signs(x):
@@ -144,17 +148,25 @@ def test_evaluation_changes_no_state():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_a_compiled_model_is_not_compiled_again_when_widths_change():
-    """Recompiling at each of a cycle's changes would cost minutes a run."""
+def test_a_compiled_model_is_one_graph_for_a_whole_cycle(monkeypatch):
+    """Recompiling at each of a cycle's changes would cost minutes a run, a break in the graph much of the speed."""
+    monkeypatch.setattr(cpu_kernels, "usable", lambda *tensors, **kwargs: False)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model, plain = small_model(), small_model()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     images = torch.randn(4, 3, 8, 8)
-    for step, bits in enumerate([2, 3, 4, 5, 6, 2]):
+    for each in (model, plain):
+        keep_less_(each, recompute=False, input_size=(3, 8, 8))
+    cycle = WidthConfig(low=2, high=6, cycles=1)
+    precision = PrecisionConfig(forward=cycle, backward=cycle)
+    schedule = build_schedule(precision, total_steps=12, steps_per_epoch=12)
+    widths = [schedule.at(step).forward_bits for step in range(12)]
+    assert set(widths) == {2, 3, 4, 5, 6}
+    for step, bits in enumerate([*widths, widths[0]]):
         for each in (model, plain):
             each.zero_grad()
-            set_widths(each, forward_bits=bits, backward_bits=8, step=step)
+            set_widths(each, forward_bits=bits, backward_bits=bits, step=step)
         compiled(images).square().sum().backward()
         plain(images).square().sum().backward()
         torch.testing.assert_close(model[3].weight.grad, plain[3].weight.grad)

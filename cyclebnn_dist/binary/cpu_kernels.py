@@ -6,6 +6,7 @@ the order of memory. Compiled code is kept on disk (see ``numba_jit``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -117,6 +118,63 @@ def mask(start, stop, bits, x, y):
 
 
 @compiled
+def surrogate_times(start, stop, x, grad, polynomial, result):
+    """grad where |x| <= 1, else 0 times grad; or max(0, 2 - 2|x|) times grad. Elements from ``start`` to ``stop``."""
+    x, grad, result = x[start:stop], grad[start:stop], result[start:stop]
+    if polynomial:
+        for j in range(x.size):
+            result[j] = max(F2 - F2 * abs(x[j]), F0) * grad[j]
+    else:
+        for j in range(x.size):
+            result[j] = np.float32(abs(x[j]) <= F1) * grad[j]
+
+
+@reassociating
+def sums(x):
+    total, squares = F0, F0
+    for j in range(x.size):
+        total += x[j]
+        squares += x[j] * x[j]
+    return np.float64(total), np.float64(squares)
+
+
+@compiled
+def extremes(x_bits):
+    """Lowest and highest of fp32 numbers as integers of the same order, which compare faster."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for j in range(x_bits.size):
+        key = ordered(x_bits[j])
+        low, high = min(low, key), max(high, key)
+    return low, high
+
+
+@compiled
+def ordered(bits):
+    """The bits of an fp32 number as an integer of the same order, and back again."""
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled
+def row_statistics(start, stop, x, x_bits, epsilon, statistics, statistics_bits):
+    """statistics [4, rows]: mean, root of the unbiased variance plus epsilon, lowest and highest value of each row."""
+    numel = x.shape[1]
+    for i in range(start, stop):
+        total, squares, low, high = 0.0, 0.0, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        for begin in range(0, numel, CHUNK):
+            more, more_squares = sums(x[i, begin : begin + CHUNK])
+            total += more
+            squares += more_squares
+            least, most = extremes(x_bits[i, begin : begin + CHUNK])
+            low, high = min(low, least), max(high, most)
+        mean = total / numel
+        variance = max(0.0, squares - numel * mean * mean) / max(1, numel - 1)
+        statistics[0, i] = np.float32(mean)
+        statistics[1, i] = np.float32(math.sqrt(variance + epsilon))
+        statistics_bits[2, i] = ordered(low)
+        statistics_bits[3, i] = ordered(high)
+
+
+@compiled
 def standardized_gradient(
     start, stop, x, grad, mean, deviation, low, step, gain, polynomial, quantized, result
 ):
@@ -169,6 +227,16 @@ def inner_product(x, y):
     for j in range(x.size):
         total += x[j] * y[j]
     return np.float64(total)
+
+
+@compiled
+def row_products(start, stop, x, y, products):
+    """The inner product of each row of x with that of y, in fp64."""
+    for i in range(start, stop):
+        total = 0.0
+        for begin in range(0, x.shape[1], CHUNK):
+            total += inner_product(x[i, begin : begin + CHUNK], y[i, begin : begin + CHUNK])
+        products[i] = total
 
 
 @compiled

@@ -19,6 +19,7 @@ from cyclebnn_dist.binary.layouts import (
     along_channels,
     as_rows,
     at_least_fp32,
+    in_memory_order,
     is_channels_last,
     per_filter,
 )
@@ -55,6 +56,17 @@ def surrogate_gradient(x: Tensor, surrogate: Surrogate) -> Tensor:
     return x.abs().mul_(-2.0).add_(2.0).clamp_min_(0.0)
 
 
+def surrogate_times(x: Tensor, surrogate: Surrogate, grad: Tensor) -> Tensor:
+    """``surrogate_gradient`` times ``grad``, a new tensor."""
+    if x.stride() != grad.stride() or not cpu_kernels.usable(x, grad):
+        return surrogate_gradient(x, surrogate).mul_(grad)
+    result = torch.empty_like(x)
+    x, grad, flat = in_memory_order(x), in_memory_order(grad), in_memory_order(result)
+    arguments = cpu_kernels.arrays(x, grad, surrogate == "polynomial", flat)
+    cpu_kernels.in_threads(cpu_kernels.surrogate_times, x.numel(), *arguments)
+    return result
+
+
 class SignWithSurrogate(torch.autograd.Function):
     """sign(x), with the gradient of a surrogate."""
 
@@ -67,7 +79,7 @@ class SignWithSurrogate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return surrogate_gradient(x, ctx.surrogate).mul_(grad), None
+        return surrogate_times(x, ctx.surrogate, grad), None
 
 
 class BoxSign(torch.autograd.Function):
@@ -103,7 +115,7 @@ class ScaledSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         weight, scale = ctx.saved_tensors
-        grad = surrogate_gradient(weight, "clip").mul_(grad)
+        grad = surrogate_times(weight, "clip", grad)
         return grad.mul_(scale) if ctx.magnitude_aware else grad, None
 
 
@@ -194,31 +206,39 @@ class ScaledOutput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, bits, key, noise = ctx.saved_tensors
         dims = all_but(ctx.channel_dim, y)
-        rows_are_channels = (
-            ctx.channel_dim == 1 and y.dim() > 2 and y.is_contiguous() and grad.is_contiguous()
-        )
-        if rows_are_channels:
-            scale_grad = torch.linalg.vecdot(grad.flatten(2), y.flatten(2)).sum(0, dtype=scale.dtype)
+        dense = ctx.channel_dim == 1 and y.is_contiguous() and grad.is_contiguous()
+        if dense and cpu_kernels.usable(grad, y, scale):
+            scale_grad = _channel_products(grad, y).to(scale.dtype)
+            if ctx.quantized:
+                return _scale_and_quantize(grad, scale, bits, key=key, noise=noise), scale_grad, *[None] * 5
         else:
             scale_grad = (grad * y).sum(dims, dtype=scale.dtype)
-        if rows_are_channels and ctx.quantized and cpu_kernels.usable(grad, scale):
-            y_grad = _scale_and_quantize(grad, scale, bits, key=key, noise=noise)
-            return y_grad, scale_grad, *[None] * 5
         y_grad = grad * along_channels(scale, y, ctx.channel_dim)
         if ctx.quantized:
             y_grad = quantize_stochastically(y_grad, bits, key=key, noise=noise)
         return y_grad, scale_grad, *[None] * 5
 
 
+def _channel_products(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of x times y over all but the channels of [batch, channels, ...], in fp64 [channels], on the CPU."""
+    batch, channels = x.shape[:2]
+    products = torch.empty(batch * channels, dtype=torch.float64)
+    arguments = cpu_kernels.arrays(x.reshape(len(products), -1), y.reshape(len(products), -1), products)
+    cpu_kernels.in_threads(cpu_kernels.row_products, len(products), *arguments)
+    return products.view(batch, channels).sum(0)
+
+
 def _scale_and_quantize(grad: Tensor, scale: Tensor, bits: Tensor, *, key: Tensor, noise: Tensor) -> Tensor:
     """``quantize_stochastically`` of grad [batch, channels, ...] times scale [channels], on the CPU."""
-    rows = grad.flatten(2)
-    ends = torch.stack([rows.amin(2) * scale, rows.amax(2) * scale])
+    rows = grad.reshape(-1, grad.shape[2:].numel())
+    row_scale = scale.repeat(grad.shape[0])
+    ends = torch.stack([rows.amin(1) * row_scale, rows.amax(1) * row_scale])
     low, step = _levels(ends.amin(), ends.amax(), bits)
     result = torch.empty_like(grad)
-    rows, result_rows = grad.flatten(0, 1).flatten(1), result.flatten(0, 1).flatten(1)
-    arguments = cpu_kernels.arrays(rows, scale, np.float32(low), np.float32(step), key, noise, result_rows)
-    cpu_kernels.in_threads(cpu_kernels.quantize_scaled, rows.shape[0], *arguments)
+    arguments = cpu_kernels.arrays(
+        rows, scale, np.float32(low), np.float32(step), key, noise, result.view_as(rows)
+    )
+    cpu_kernels.in_threads(cpu_kernels.quantize_scaled, len(rows), *arguments)
     return result
 
 

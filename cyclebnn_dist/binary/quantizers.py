@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from cyclebnn_dist.binary import cpu_kernels
 from cyclebnn_dist.binary.functions import (
     EPSILON,
     BoxSign,
@@ -232,9 +233,7 @@ class CycleBNN(Binarizer):
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            rows = at_least_fp32(as_rows(weight.detach()))
-            mean, deviation = mean_and_deviation(rows)
-            low, high = rows.amin(1), rows.amax(1)
+            mean, deviation, low, high = row_statistics(weight)
             offset, step = _sign_offset(low, high, self.widths[0], quantized=self.quantize_forward)
         statistics = (per_filter(value, weight) for value in (offset, mean, deviation))
         return StandardizedSign.apply(
@@ -243,11 +242,10 @@ class CycleBNN(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            rows = at_least_fp32(as_rows(x.detach()))
-            mean, deviation = mean_and_deviation(rows)
+            mean, deviation, low, high = row_statistics(x)
             if not self.training and not self.standardize_in_evaluation:
                 deviation = torch.ones_like(deviation)
-            low, high = (rows.amin(1) / deviation).amin(), (rows.amax(1) / deviation).amax()
+            low, high = (low / deviation).amin(), (high / deviation).amax()
             low, high = self._running_range(low, high)
             offset, step = _sign_offset(low, high, self.widths[0], quantized=self.quantize_forward)
             offset = offset * deviation
@@ -278,11 +276,10 @@ class CycleBNN(Binarizer):
         return remembered[0], remembered[1]
 
     def input_saturation(self, x: Tensor) -> Tensor:
-        rows = at_least_fp32(as_rows(x))
-        _, deviation = mean_and_deviation(rows)
-        value = rows / deviation.unsqueeze(1)
+        _, deviation, low, high = row_statistics(x)
+        value = at_least_fp32(as_rows(x)) / deviation.unsqueeze(1)
         if self.quantize_forward:
-            low, high = value.amin(), value.amax()
+            low, high = (low / deviation).amin(), (high / deviation).amax()
             _, step = _sign_offset(low, high, self.widths[0], quantized=True)
             value = ((value - low) / step).round_() * step + low
         return (value.abs() >= 1.0).mean(dtype=torch.float32)
@@ -296,13 +293,23 @@ class CycleBNNReleased(CycleBNN):
     correct_range_bias: ClassVar[bool] = False
 
 
-def mean_and_deviation(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean, and root of the unbiased variance plus epsilon, of each row of a matrix."""
-    numel = rows.shape[1]
-    mean = rows.mean(1)
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, root of the unbiased variance plus epsilon, lowest and highest value of each row of ``x`` [n, ...]; all [n]."""
+    if cpu_kernels.usable(x):
+        statistics = torch.empty(4, len(x))
+        rows = as_rows(x.detach())
+        arguments = cpu_kernels.arrays(
+            rows, rows.view(torch.int32), EPSILON, statistics, statistics.view(torch.int32)
+        )
+        cpu_kernels.in_threads(cpu_kernels.row_statistics, len(x), *arguments)
+        mean, deviation, low, high = statistics.unbind(0)
+        return mean, deviation, low, high
+    rows = at_least_fp32(as_rows(x.detach()))
+    numel, mean = rows.shape[1], rows.mean(1)
     # From the norm rather than torch.var, which is many times slower on CPUs.
     centred_square = (torch.linalg.vector_norm(rows, dim=1).square() - numel * mean.square()).clamp_min(0.0)
-    return mean, (centred_square / max(1, numel - 1) + EPSILON).sqrt()
+    deviation = (centred_square / max(1, numel - 1) + EPSILON).sqrt()
+    return mean, deviation, rows.amin(1), rows.amax(1)
 
 
 def _sign_offset(low: Tensor, high: Tensor, bits: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:

@@ -12,19 +12,32 @@ from torch.utils._pytree import tree_leaves
 
 
 def activation_bytes(model: nn.Module, images: torch.Tensor) -> int:
-    """Bytes that ``model(images)`` has made and that are still held when it returns, its result included.
+    """Bytes that ``model(images)`` has made and that its graph holds, once the result itself is gone.
 
-    Whoever holds them is counted: autograd's saved tensors, what functions keep beside these, and what is kept to
-    rebuild others. Parameters and buffers are not. The model runs as it is: in training mode its running statistics move.
+    Whatever holds them is counted: autograd's saved tensors, what functions keep beside these, and what is kept to
+    rebuild others. Parameters, buffers and the images are not. The model runs as it is: in training mode its running
+    statistics move.
     """
     with Ledger() as ledger:
-        logits = model(images)
-        own = {
-            tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), images]
-        }
-        held = ledger.held_bytes(besides=own)
-    del logits
-    return held
+        graph = model(images).grad_fn
+        assert graph is not None, "without gradients nothing is kept"
+        own = [*model.parameters(), *model.buffers(), images]
+        return ledger.held_bytes(besides={tensor.untyped_storage().data_ptr() for tensor in own})
+
+
+def activation_bytes_per_image(model: nn.Module, *, image_size: int, amp: str, channels_last: bool) -> int:
+    """``activation_bytes`` of two images of noise, for one of them; what does not grow with the batch counts by half.
+
+    Args:
+        amp: fp32, bf16 or fp16: the dtype of autocast.
+    """
+    images = torch.randn(2, 3, image_size, image_size)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype, enabled=amp != "fp32"):
+        return activation_bytes(model, images) // len(images)
 
 
 class Ledger(TorchDispatchMode):

@@ -7,8 +7,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cyclebnn_dist.binary import CONVENTIONS, count
-from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.config.recipe import BinaryConfig, Recipe
 from cyclebnn_dist.models.build import build_model
+from cyclebnn_dist.models.memory import activation_bytes_per_image
 from cyclebnn_dist.precision import build_schedule, training_saving
 
 SCHEDULE_STEPS = 20_000
@@ -32,13 +33,18 @@ def summarize_recipe(recipe: Recipe, *, as_json: bool = False, convention: str =
 def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, Any]:
     """Layers, operations, parameters, sizes and training saving of the recipe's model, as plain values."""
     side = recipe.data.image_size
-    model, swap = build_model(
-        replace(recipe.model, pretrained=False, weights=""), recipe.binary, image_size=side
-    )
+    new = replace(recipe.model, pretrained=False, weights="")
+    model, swap = build_model(new, recipe.binary, image_size=side)
     counts = count(model, input_size=(3, side, side), convention=convention)
     steps_per_epoch = max(1, round(SCHEDULE_STEPS / recipe.train.epochs))
     schedule = build_schedule(recipe.precision, total_steps=SCHEDULE_STEPS, steps_per_epoch=steps_per_epoch)
     saving = training_saving(counts, schedule.counts())
+    memory: dict[str, Any] = {
+        "image_size": side,
+        "amp": recipe.train.amp,
+        "channels_last": recipe.model.channels_last,
+    }
+    real, _ = build_model(new, BinaryConfig(method="none"), image_size=side)
     layers = []
     for row, layer in zip(swap.rows, counts.layers, strict=True):
         assert row.name == layer.name
@@ -61,6 +67,10 @@ def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, 
         "params": counts.params,
         "binary_params": counts.binary_params,
         "size_bits": counts.size_bits,
+        "activation_bytes": activation_bytes_per_image(model, **memory),
+        "activation_bytes_real": activation_bytes_per_image(real, **memory),
+        "amp": recipe.train.amp,
+        "recompute": recipe.binary.recompute,
         "training_saving": saving.model,
         "training_saving_binary_layers": saving.binary_layers,
         "layers": layers,
@@ -101,11 +111,14 @@ def _render(summary: dict[str, Any]) -> str:
         "convention": f"{summary['convention']}: {rule.words}",
         "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
         "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight), {full_bits / 8e6:.2f} MB in fp32",
+        "activations": f"{summary['activation_bytes'] / 1e6:.2f} MB an image kept for the backward pass "
+        f"({summary['amp']}, uncompiled{', recomputing' if summary['recompute'] else ''}; "
+        f"the real model {summary['activation_bytes_real'] / 1e6:.2f} MB)",
         "training": f"{100 * summary['training_saving']:.1f} % of the model's operations saved, "
         f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' (CPT's cost formula)",
     }
     if summary["num_activations_replaced"]:
-        totals["activations"] = f"{summary['num_activations_replaced']} replaced by {summary['activation']}"
+        totals["nonlinearity"] = f"{summary['num_activations_replaced']} replaced by {summary['activation']}"
     if summary["num_blocks_with_shortcuts"]:
         totals["shortcuts"] = (
             f"around each convolution of {summary['num_blocks_with_shortcuts']} residual blocks"

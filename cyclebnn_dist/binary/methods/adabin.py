@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cyclebnn_dist.binary.functions import hard_sign, surrogate_gradient
+from cyclebnn_dist.binary.functions import hard_sign, surrogate_times
 from cyclebnn_dist.binary.layouts import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import filter_statistics, inner_dims
 from cyclebnn_dist.binary.methods.ede import ede_at, ede_gradient, ede_saturation
@@ -56,7 +56,7 @@ class BinarySetInput(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, alpha, beta = ctx.saved_tensors
         u = (at_least_fp32(x) - beta) / alpha
-        x_grad = surrogate_gradient(u, "polynomial").mul_(grad)
+        x_grad = surrogate_times(u, "polynomial", grad)
         total, through = grad.sum(dtype=alpha.dtype), x_grad.sum(dtype=alpha.dtype)
         alpha_grad = (hard_sign(u) * grad).sum(dtype=alpha.dtype) - (u * x_grad).sum(dtype=alpha.dtype)
         if ctx.centre_scaled:

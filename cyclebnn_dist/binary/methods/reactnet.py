@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cyclebnn_dist.binary.functions import ScaledSign, hard_sign, surrogate_gradient
+from cyclebnn_dist.binary.functions import ScaledSign, hard_sign, surrogate_times
 from cyclebnn_dist.binary.layouts import all_but, along_channels
 from cyclebnn_dist.binary.product import Operands
 from cyclebnn_dist.binary.quantizers import Binarizer, method
@@ -26,7 +26,7 @@ class ShiftedSign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, bias = ctx.saved_tensors
         shifted = x + along_channels(bias, x, ctx.channel_dim)
-        shifted_grad = surrogate_gradient(shifted, "polynomial").mul_(grad)
+        shifted_grad = surrogate_times(shifted, "polynomial", grad)
         dims = all_but(ctx.channel_dim, x)
         return shifted_grad.to(x.dtype), shifted_grad.sum(dims, dtype=bias.dtype), None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cyclebnn_dist.binary.functions import EPSILON, ScaledOutput, StandardizedSign
 from cyclebnn_dist.binary.layouts import as_rows, at_least_fp32, per_filter
 from cyclebnn_dist.binary.methods.centred import CentredSign, filter_statistics
-from cyclebnn_dist.binary.quantizers import Binarizer, mean_and_deviation, method
+from cyclebnn_dist.binary.quantizers import Binarizer, method, row_statistics
 
 
 @method("recu")
@@ -53,7 +53,7 @@ class ReCU(Binarizer):
 
     def binarize_input(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            mean, deviation = mean_and_deviation(at_least_fp32(as_rows(x.detach())))
+            mean, deviation, _, _ = row_statistics(x)
         mean, deviation = per_filter(mean, x), per_filter(deviation, x)
         zero, low, step = mean.new_zeros(()), mean.new_zeros(()), mean.new_ones(())
         return StandardizedSign.apply(x, zero, mean, deviation, 1.0, low, step, "polynomial", False)
@@ -63,9 +63,8 @@ class ReCU(Binarizer):
         return ScaledOutput.apply(y, self.alpha * self.gain, self.channel_dim, *unused, False)
 
     def input_saturation(self, x: Tensor) -> Tensor:
-        rows = at_least_fp32(as_rows(x))
-        _, deviation = mean_and_deviation(rows)
-        return ((rows / deviation.unsqueeze(1)).abs() >= 1.0).mean(dtype=torch.float32)
+        _, deviation, _, _ = row_statistics(x)
+        return (at_least_fp32(as_rows(x)).abs() >= deviation.unsqueeze(1)).mean(dtype=torch.float32)
 
     def weight_saturation(self, weight: Tensor) -> Tensor:
         mean, deviation = filter_statistics(weight, epsilon=EPSILON)
