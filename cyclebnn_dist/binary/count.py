@@ -2,7 +2,8 @@
 
 Conventions, those of Bi-Real Net's and ReActNet's tables unless another is asked for (see ``conventions``): an operation
 is a multiply-accumulate; a binary one counts 1/64 in OPs; normalization, activations, biases, pooling and additions are
-not counted, matrix products outside layers (attention) are. A binary weight takes 1 bit, every other parameter 32.
+not counted, matrix products outside layers (attention) are, and so are XNOR-Net's magnitudes: one addition an input element
+and one multiplication an output element of a layer. A binary weight takes 1 bit, every other parameter 32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cyclebnn_dist.binary.activations import Maxout
 from cyclebnn_dist.binary.conventions import CONVENTIONS
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import parameter_kinds
+from cyclebnn_dist.binary.quantizers import Binarizer
 from cyclebnn_dist.binary.rules import classifier_names, is_gate, stem_names
 from cyclebnn_dist.binary.trial import trial_forward
 
@@ -101,10 +103,14 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
     }
     handles = []
+    magnitudes = 0
     for name, layer in layers.items():
 
         def measure(layer: nn.Module, inputs: Any, output: torch.Tensor, name: str = name) -> None:
+            nonlocal magnitudes
             macs[name] = macs.get(name, 0) + output.numel() * _macs_per_output(layer)
+            if _scales_by_input(layer):
+                magnitudes += inputs[0].numel() + output.numel()
             shapes[name] = tuple(output.shape[1:])
 
         handles.append(layer.register_forward_hook(measure))
@@ -136,7 +142,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Counts(
         bops=bops,
-        flops=counter.get_total_flops() // 2 - bops,
+        flops=counter.get_total_flops() // 2 - bops + magnitudes,
         params=sum(numels.values()),
         binary_params=sum(numel for name, numel in numels.items() if kinds[name] == "binary"),
         scheduled_macs=sum(row.macs for row in rows if row.scheduled),
@@ -203,6 +209,12 @@ def _edges(model: nn.Module, names: list[str]) -> frozenset[str]:
         for name in names
         if is_gate(name, modules) or any(name == end or name.startswith(f"{end}.") for end in ends)
     )
+
+
+def _scales_by_input(layer: nn.Module) -> bool:
+    """Whether outputs are multiplied by magnitudes of the inputs (XNOR-Net), which no normalization takes up."""
+    binarizer = getattr(layer, "binarizer", None)
+    return binarizer is not None and type(binarizer).input_magnitude is not Binarizer.input_magnitude
 
 
 def _macs_per_output(layer: nn.Module) -> int:
