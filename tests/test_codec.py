@@ -1,41 +1,45 @@
 """Without these, gradients could arrive biased, noisier than promised, or decoded differently by different machines."""
 
-import hashlib
+import dataclasses
+import json
+import logging
+import sys
+from functools import cache
 
 import pytest
 import torch
+from exchanges import GOLDEN, assert_same, exchange, golden, message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from cyclebnn_dist.binary import BinaryConv2d
 from cyclebnn_dist.comm import BlockKey, Codec
-from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
+from cyclebnn_dist.comm.codec import gpu_backend
+from cyclebnn_dist.comm.levels import (
+    GAUSSIAN_DISTORTION,
+    codes_of,
+    gaussian_grid,
+    levels_of,
+    uniform_grid,
+)
 from cyclebnn_dist.comm.packing import pack, unpack
-from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.comm.randomness import step_words
 
 SIZE = 256
 NUM_BLOCKS = 1024
 ABSMAX_256 = {6: 7.86e-4, 7: 1.94e-4, 8: 4.80e-5}
 widths = pytest.mark.parametrize("bits", range(1, 9))
-
-
-def message_of(counts, *, bits, size):
-    """Pieces of consecutive blocks with these element counts, and the bytes of their message."""
-    blocks = torch.arange(len(counts))
-    if bits > 8:
-        nbytes = torch.tensor(counts) * (bits // 8)
-        codes_at, total = nbytes.cumsum(0) - nbytes, int(nbytes.sum())
-    else:
-        codes_at = 2 * len(counts) + blocks * (size * bits // 8)
-        total = len(counts) * (2 + size * bits // 8)
-    pieces = Pieces(blocks * size, torch.tensor(counts), blocks % 3, blocks, 2 * blocks, codes_at)
-    return pieces, torch.zeros(-(-total // 8) * 8, dtype=torch.uint8)
+NAMES = ["hadamard", "absmax", "minmax"]
 
 
 def round_trip(codec, x, bits, *, seed=3, step=5):
     """Encode and decode all blocks of the flat ``x`` through the message interface."""
     pieces, message = message_of(
-        [codec.block_size] * (len(x) // codec.block_size), bits=bits, size=codec.block_size
+        [codec.block_size] * (len(x) // codec.block_size),
+        bits=bits,
+        size=codec.block_size,
+        scale_bytes=codec.scale_bytes(bits),
     )
     words, decoded = step_words(seed, step), torch.full_like(x, 7.0)
     codec.encode_pieces(x, pieces, message, bits=bits, words=words, phase=1)
@@ -45,6 +49,28 @@ def round_trip(codec, x, bits, *, seed=3, step=5):
 
 def relative_error(decoded, x):
     return float((decoded - x).double().square().sum() / x.double().square().sum())
+
+
+@cache
+def binary_network_gradient():
+    """Gradient of the inner convolutions of a small binary network after a few steps."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128)]
+        for _ in range(2):
+            inner = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+            layers += [BinaryConv2d.from_real(inner, method="bnn"), nn.BatchNorm2d(128)]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+        prototypes = torch.randn(10, 3, 8, 8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(30):
+            labels = torch.randint(10, (4,))
+            images = prototypes[labels] + 0.5 * torch.randn(4, 3, 8, 8)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        gradient = torch.cat([model[2].weight.grad.view(-1), model[4].weight.grad.view(-1)])
+    return gradient[: NUM_BLOCKS * SIZE]
 
 
 def sample(distribution):
@@ -60,13 +86,15 @@ def sample(distribution):
         return gaussian / squares.sqrt()
     if distribution == "sparse":
         return gaussian * (uniform < 0.1)
+    if distribution == "binary network":
+        return binary_network_gradient()
     assert distribution == "outlier"
     gaussian[::SIZE] = 1e4
     return gaussian
 
 
 distributions = pytest.mark.parametrize(
-    "distribution", ["gaussian", "laplace", "student-t4", "sparse", "outlier"]
+    "distribution", ["gaussian", "laplace", "student-t4", "sparse", "binary network", "outlier"]
 )
 
 
@@ -103,23 +131,34 @@ def test_the_error_from_6_bits_is_that_of_uniform_levels_on_gaussian_data(bits, 
 
 @pytest.mark.parametrize("tail", [1, 2, 3, 8, 50, 255])
 @widths
-def test_a_block_that_is_mostly_padding_is_at_most_half_again_as_noisy(bits, tail):
-    x = sample("gaussian").reshape(NUM_BLOCKS, SIZE)[:, :tail].contiguous()
-    codec = Codec()
+def test_a_block_that_is_mostly_padding_is_no_noisier_than_a_full_one(bits, tail):
+    x = sample("gaussian").reshape(NUM_BLOCKS, SIZE)[:, :tail].contiguous().view(-1)
     pieces, message = message_of([tail] * NUM_BLOCKS, bits=bits, size=SIZE)
-    pieces = Pieces(
-        torch.arange(NUM_BLOCKS) * tail,
-        pieces.count,
-        pieces.parameter,
-        pieces.block,
-        pieces.scale_at,
-        pieces.codes_at,
-    )
-    decoded = torch.zeros(NUM_BLOCKS * tail)
-    codec.encode_pieces(x.view(-1), pieces, message, bits=bits, words=(1, 2), phase=1)
+    pieces = dataclasses.replace(pieces, source=torch.arange(NUM_BLOCKS) * tail)
+    distortion = {b: d / (1 - d) for b, d in GAUSSIAN_DISTORTION.items()} | ABSMAX_256
+    for unbiased in (True, False):
+        codec, decoded = Codec(unbiased=unbiased), torch.zeros(NUM_BLOCKS * tail)
+        codec.encode_pieces(x, pieces, message, bits=bits, words=(1, 2), phase=1)
+        codec.decode_pieces(message, pieces, decoded, bits=bits, words=(1, 2))
+        bound = distortion[bits] if unbiased or bits > 5 else GAUSSIAN_DISTORTION[bits]
+        assert relative_error(decoded, x) <= 1.1 * bound
+
+
+@given(
+    numel=st.integers(0, 3 * SIZE), bits=st.sampled_from([*range(1, 9), 16, 32]), name=st.sampled_from(NAMES)
+)
+@settings(max_examples=60, deadline=None)
+def test_any_number_of_elements_comes_back(numel, bits, name):
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    codec = Codec(name, unbiased=False)
+    counts = [min(SIZE, numel - start) for start in range(0, numel, SIZE)]
+    pieces, message = message_of(counts, bits=bits, size=SIZE, scale_bytes=codec.scale_bytes(bits))
+    decoded = torch.full((numel + 5,), 7.0)
+    codec.encode_pieces(x, pieces, message, bits=bits, words=(1, 2), phase=1)
     codec.decode_pieces(message, pieces, decoded, bits=bits, words=(1, 2))
-    full = {b: d / (1 - d) for b, d in GAUSSIAN_DISTORTION.items()} | ABSMAX_256
-    assert relative_error(decoded, x.view(-1)) <= 1.5 * full[bits]
+    assert bool((decoded[numel:] == 7).all())
+    if numel and (name == "hadamard" or bits >= 4):
+        assert relative_error(decoded[:numel], x) <= (0.8 if bits == 1 else 0.3 if bits < 4 else 0.05)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "single", "sparse"])
@@ -156,7 +195,7 @@ def test_the_least_squares_scale_never_adds_energy(bits):
     bits=st.sampled_from([*range(1, 9), 16, 32]),
     place=st.integers(0, SIZE - 1),
     value=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
-    name=st.sampled_from(["hadamard", "absmax"]),
+    name=st.sampled_from(NAMES),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_value_that_is_not_finite_is_never_hidden(bits, place, value, name):
@@ -170,7 +209,7 @@ def test_a_value_that_is_not_finite_is_never_hidden(bits, place, value, name):
         assert not torch.isfinite(decoded[1, place])
 
 
-@given(bits=st.integers(1, 8), exponent=st.integers(-90, 90), name=st.sampled_from(["hadamard", "absmax"]))
+@given(bits=st.integers(1, 8), exponent=st.integers(-98, 98), name=st.sampled_from(NAMES))
 @settings(max_examples=60, deadline=None)
 def test_magnitude_does_not_matter(bits, exponent, name):
     x = torch.randn(2 * SIZE, generator=torch.Generator().manual_seed(exponent + 100))
@@ -181,7 +220,7 @@ def test_magnitude_does_not_matter(bits, exponent, name):
 
 @widths
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("name", ["hadamard", "absmax"])
+@pytest.mark.parametrize("name", NAMES)
 def test_equal_and_zero_blocks_survive(bits, magnitude, name):
     x = torch.cat([torch.full((SIZE,), magnitude), torch.zeros(SIZE)])
     decoded = round_trip(Codec(name, unbiased=False), x, bits)
@@ -191,40 +230,11 @@ def test_equal_and_zero_blocks_survive(bits, magnitude, name):
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256, 1024])
 @pytest.mark.parametrize("bits", [*range(1, 9), 16, 32])
-@pytest.mark.parametrize("name", ["hadamard", "absmax"])
-def test_both_backends_write_the_same_bytes(bits, name, size):
-    counts = [size] * 40 + [size // 2 + 1, 1]
-    generator = torch.Generator().manual_seed(size)
-    x = torch.randn(len(counts) * size, generator=generator) * 10.0 ** torch.randint(
-        -20, 20, (len(counts) * size,), generator=generator
-    )
-    x[:size], x[size : 2 * size], x[2 * size : 3 * size] = 0.0, 1e-30, 1e30
-    x[3 * size + 5], x[4 * size + 1], x[5 * size] = float("inf"), 3e38, 1e-44
-    words = step_words(1, 2)
+@pytest.mark.parametrize("name", NAMES)
+def test_both_backends_compute_the_same_to_the_last_bit(bits, name, size):
     for unbiased in (True, False):
-        results = []
-        for backend in ("torch", "numba"):
-            codec = Codec(name, block_size=size, unbiased=unbiased, backend=backend)
-            pieces, message = message_of(counts, bits=bits, size=size)
-            codec.encode_pieces(x, pieces, message, bits=bits, words=words, phase=1)
-            rows = torch.zeros(len(counts), size)
-            codec.add_pieces(message, pieces, rows, bits=bits)
-            codec.add_pieces(message, pieces, rows, bits=bits)
-            answer = torch.zeros_like(message)
-            codec.encode_pieces(
-                rows.view(-1), pieces.as_rows(size), answer, bits=bits, words=words, phase=2, rotated=True
-            )
-            decoded = torch.zeros_like(x)
-            codec.decode_pieces(answer, pieces, decoded, bits=bits, words=words)
-            there, back = rows.clone(), rows.clone()
-            codec.rotate_rows(there, pieces, bits=bits, words=words)
-            codec.rotate_rows(back, pieces, bits=bits, words=words, inverse=True)
-            results.append((message, rows, answer, decoded, there, back))
-        for ours, reference in zip(results[1], results[0], strict=True):
-            if ours.dtype == torch.uint8:
-                assert torch.equal(ours, reference)
-            else:
-                torch.testing.assert_close(ours, reference, rtol=0, atol=0, equal_nan=True)
+        settings = {"name": name, "unbiased": unbiased, "bits": bits, "size": size, "full": 40}
+        assert_same(exchange("numba", **settings), exchange("torch", **settings))
 
 
 def test_blocks_by_themselves_and_in_messages_have_the_same_bytes():
@@ -234,7 +244,7 @@ def test_blocks_by_themselves_and_in_messages_have_the_same_bytes():
     codec.encode_pieces(x, pieces, message, bits=3, words=step_words(4, 9), phase=1)
     key = BlockKey(seed=4, step=9, parameter=pieces.parameter, block=pieces.block)
     scales, codes = codec.encode(x.view(8, SIZE), 3, key)
-    assert torch.equal(message, torch.cat([scales.view(torch.uint8), codes.reshape(-1)]))
+    assert torch.equal(message, torch.cat([scales.view(torch.uint8).view(-1), codes.reshape(-1)]))
     decoded = torch.empty(8 * SIZE)
     codec.decode_pieces(message, pieces, decoded, bits=3, words=step_words(4, 9))
     assert torch.equal(codec.decode(scales, codes, 3, key).view(-1), decoded)
@@ -267,40 +277,62 @@ def test_every_part_of_the_key_changes_the_signs():
     assert torch.equal(codes(), codes())
 
 
-GOLDEN: dict[bool, dict[int, str]] = {
-    True: {
-        1: "821c7c021f3d",
-        2: "36f994879700",
-        3: "20f0fc6dccdd",
-        4: "db1b7073d14b",
-        5: "5b172f2c4da0",
-        6: "7ef7f6c30f88",
-        7: "c214498837d3",
-        8: "d28e2eb0713b",
-    },
-    False: {
-        1: "d40eb8f81471",
-        2: "9f76d5576069",
-        3: "8a30f1eb7af8",
-        4: "83a8a085ef9a",
-        5: "deee717b03ef",
-        6: "7ef7f6c30f88",
-        7: "c214498837d3",
-        8: "d28e2eb0713b",
-    },
-}
+@pytest.mark.parametrize("bits", range(1, 6))
+def test_the_grid_is_the_lloyd_max_one_but_for_half_a_percent_of_its_error(bits):
+    x = torch.linspace(-9, 9, 400_001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2)
+    levels = levels_of(codes_of(x.float(), gaussian_grid(bits), bits), gaussian_grid(bits), bits).double()
+    error = float(((x - levels).square() * density).sum() / density.sum())
+    assert error == pytest.approx(GAUSSIAN_DISTORTION[bits], rel=0.006)
+    assert error >= GAUSSIAN_DISTORTION[bits] * 0.9995  # Lloyd-Max is optimal
+    assert bool((levels * x > 0)[x.abs() > 1e-6].all())
 
 
-@pytest.mark.parametrize("unbiased", [True, False])
+@widths
+def test_every_level_is_the_level_of_its_own_code(bits):
+    codes = torch.arange(2**bits, dtype=torch.uint8)
+    # A uniform level is two units of a step.
+    grids = [(uniform_grid(bits), 2)] + ([(gaussian_grid(bits), 1)] if bits <= 5 else [])
+    for grid, units in grids:
+        levels = levels_of(codes, grid, bits)
+        assert bool((levels.diff() > 0).all())
+        assert torch.equal(levels, -levels.flip(0))
+        assert torch.equal(codes_of(levels / units, grid, bits), codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [(name, bits) for name in ("absmax", "minmax") for bits in range(1, 9)]
+)
+def test_the_plain_codecs_round_to_the_nearest_of_uniform_levels(name, bits):
+    x = sample("laplace").view(NUM_BLOCKS, SIZE)[:64]
+    decoded = round_trip(Codec(name), x.reshape(-1), bits).view(64, SIZE)
+    high = x.abs().amax(dim=1) if name == "absmax" else x.amax(dim=1)
+    low = -high if name == "absmax" else x.amin(dim=1)
+    step = (high - low) / (2**bits - 1)
+    # bf16 widens a step by up to 1/128 of it, and the least value by up to 1/128 of itself.
+    widened = step * (1 + 1 / 128) + (low.abs() / 128 / (2**bits - 1) if name == "minmax" else 0)
+    assert bool(((decoded - x).abs() <= widened[:, None] * (0.5 + 1e-4)).all())
+    assert all(len(block.unique()) <= 2**bits for block in decoded)
+    assert relative_error(decoded, x) >= 0.3 * float((step**2 / 12).mean() / x.square().mean())
+
+
+def test_minmax_keeps_a_block_that_is_far_from_zero():
+    x = 1000 + torch.rand(SIZE, generator=torch.Generator().manual_seed(0))
+    assert float((round_trip(Codec("minmax"), x, 8) - x).abs().max()) <= 8 / 255
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_bytes_are_those_of_every_earlier_version(backend, unbiased):
-    index = torch.arange(4 * SIZE)
-    x = ((index * 7919) % 1009 - 504).float() / 64 * (1 + (index % 7 == 0) * 9)
-    found = {}
-    for bits in range(1, 9):
-        pieces, message = message_of([SIZE] * 3 + [100], bits=bits, size=SIZE)
-        Codec(unbiased=unbiased, backend=backend).encode_pieces(
-            x, pieces, message, bits=bits, words=step_words(11, 22), phase=1
-        )
-        found[bits] = hashlib.sha256(message.numpy().tobytes()).hexdigest()[:12]
-    assert found == GOLDEN[unbiased]
+def test_bytes_are_those_of_every_earlier_version(backend):
+    """Messages that change need a new FORMAT_VERSION, or ranks of two versions would take them for each other's."""
+    assert golden(backend) == json.loads(GOLDEN.read_text())
+
+
+def test_a_gpu_without_triton_is_served_by_torch_and_told_so_once(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    gpu_backend.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [gpu_backend(), gpu_backend()] == ["torch", "torch"]
+    finally:
+        gpu_backend.cache_clear()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["triton is not installed"]

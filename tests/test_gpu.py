@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from exchanges import assert_same, exchange
 from launching import TINY_RECIPE
 
-from cyclebnn_dist.comm import BlockKey, Codec
 from cyclebnn_dist.config import load_recipe
 
 pytestmark = [
@@ -15,21 +15,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("name", ["hadamard", "absmax"])
-def test_the_codec_writes_the_same_bytes_on_both_devices(bits, name):
-    torch.manual_seed(bits)
-    x = torch.randn(64, 256) * torch.logspace(-20, 20, 64)[:, None]
-    blocks = torch.arange(64)
-    encoded = {}
-    for device in ("cpu", "cuda"):
-        codec = Codec(name, backend="torch")
-        key = BlockKey(seed=1, step=2, parameter=torch.zeros_like(blocks).to(device), block=blocks.to(device))
-        scales, codes = codec.encode(x.to(device), bits, key)
-        encoded[device] = (scales.cpu(), codes.cpu(), codec.decode(scales, codes, bits, key).cpu())
-    assert torch.equal(encoded["cpu"][0].view(torch.int16), encoded["cuda"][0].view(torch.int16))
-    assert torch.equal(encoded["cpu"][1], encoded["cuda"][1])
-    torch.testing.assert_close(encoded["cpu"][2], encoded["cuda"][2])
+@pytest.mark.parametrize("bits", [*range(1, 9), 16, 32])
+@pytest.mark.parametrize("name", ["hadamard", "absmax", "minmax"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_codec_computes_the_same_on_both_devices(bits, name, backend):
+    for unbiased in (True, False):
+        settings = {"name": name, "unbiased": unbiased, "bits": bits, "size": 256, "full": 500}
+        assert_same(exchange(backend, device="cuda", **settings), exchange("torch", **settings))
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import build_layout
 from cyclebnn_dist.comm.plan import build_plan
@@ -35,13 +36,20 @@ def test_every_element_has_exactly_one_owner_and_shares_are_even(shape_list, wor
             )
 
 
-@given(shapes, st.integers(1, 5), st.sampled_from([1, 3, 7, 8, 16, 32]), st.randoms(use_true_random=False))
+@given(
+    shapes,
+    st.integers(1, 5),
+    st.sampled_from([1, 3, 7, 8, 16, 32]),
+    st.sampled_from(["hadamard", "minmax"]),
+    st.randoms(use_true_random=False),
+)
 @settings(deadline=None, max_examples=60)
-def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world_size, bits, random):
+def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world_size, bits, codec, random):
+    scale_bytes = Codec(codec).scale_bytes(bits)
     layout = layout_of(shape_list, world_size=world_size, small_bits=16)
     indices = list(range(len(shape_list)))
     random.shuffle(indices)
-    plan = build_plan(layout, indices, bits=bits, rank=0, device=CPU)
+    plan = build_plan(layout, indices, bits=bits, scale_bytes=scale_bytes, rank=0, device=CPU)
     sources: list[int] = []
     used: list[int] = []
     for pieces, width in ((plan.outgoing.small, plan.small_bits), (plan.outgoing.wide, bits)):
@@ -53,7 +61,7 @@ def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world
             if width >= 16:
                 assert int(pieces.codes_at[n]) % (width // 8) == 0
             else:
-                used += range(int(pieces.scale_at[n]), int(pieces.scale_at[n]) + 2)
+                used += range(int(pieces.scale_at[n]), int(pieces.scale_at[n]) + scale_bytes)
     starts = [sum(plan.sizes[:owner]) for owner in range(world_size)]
     used += [start + byte for start in starts for byte in range(HEADER_BYTES)]
     assert sorted(sources) == list(range(plan.numel))
@@ -64,7 +72,7 @@ def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world
 
 def test_many_parameters_load_all_ranks_alike():
     layout = layout_of([(33, 32)] * 64, world_size=4)
-    plan = build_plan(layout, range(64), bits=4, rank=0, device=CPU)
+    plan = build_plan(layout, range(64), bits=4, scale_bytes=2, rank=0, device=CPU)
     assert max(plan.sizes) - min(plan.sizes) <= 64
 
 

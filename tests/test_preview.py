@@ -42,7 +42,9 @@ def send(rank, n, comm, steps):
 
 
 @pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("comm", [{}, {"codec": "absmax", "small_bits": 16, "error_feedback": True}])
+@pytest.mark.parametrize(
+    "comm", [{}, {"codec": "absmax", "small_bits": 16, "error_feedback": True}, {"codec": "minmax"}]
+)
 def test_bytes_foretold_are_the_bytes_that_ranks_count(ranks, n, comm):
     width = WidthConfig(
         schedule="piecewise",
@@ -68,13 +70,19 @@ def test_bytes_foretold_are_the_bytes_that_ranks_count(ranks, n, comm):
         first_step=(tuple(places.values()),),
         later_steps=tuple(tuple(places[name] for name in bucket) for bucket in BUCKETS),
     )
-    foretold = expected_traffic(schedule, layout, buckets)
+    foretold = expected_traffic(schedule, layout, buckets, codec=used.codec)
     assert foretold.sent_bytes == counted[0].sent_bytes
     assert foretold.fp32_bytes == pytest.approx(counted[0].fp32_bytes, rel=1e-12)
     assert foretold.bf16_bytes == pytest.approx(counted[0].bf16_bytes, rel=1e-12)
     for rank, counters in enumerate(counted):
         parts = [
-            count_step(layout, buckets.later_steps if step else buckets.first_step, bits=bits, rank=rank)
+            count_step(
+                layout,
+                buckets.later_steps if step else buckets.first_step,
+                bits=bits,
+                codec=used.codec,
+                rank=rank,
+            )
             for step, bits in enumerate(steps)
         ]
         assert sum(part.sent_bytes for part in parts) == counters.sent_bytes

@@ -66,7 +66,11 @@ def average_in_every_grouping(rank, n, comm):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-@pytest.mark.parametrize("comm", [{}, {"codec": "absmax", "small_bits": 16}], ids=["hadamard", "absmax"])
+@pytest.mark.parametrize(
+    "comm",
+    [{}, {"codec": "absmax", "small_bits": 16}, {"codec": "minmax"}],
+    ids=["hadamard", "absmax", "minmax"],
+)
 def test_the_result_is_the_same_on_all_ranks_and_in_all_buckets(ranks, n, comm):
     results = ranks(n, average_in_every_grouping, comm)
     for bits in WIDTHS:

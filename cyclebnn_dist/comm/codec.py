@@ -1,10 +1,17 @@
 """The codec: what turns blocks of a gradient into scales and codes of 1 to 8 bits, and back. It knows no ranks.
 
 ``hadamard`` rotates a block by two turns of random signs and a Hadamard transform, which makes its elements nearly
-Gaussian whatever they were (after a single turn a sparse block is neither Gaussian nor unbiased), and rounds them to Lloyd-Max levels (up to 5 bits) or uniform ones between the extremes (6 to 8).
-Up to 5 bits a scale either makes the decoded block unbiased over the random signs (EDEN, Vargaftik et al. 2022), or
-minimizes its squared error, which is right where error feedback makes up for the bias. ``absmax`` does not rotate
-and is uniform at every width. Widths of 16 and 32 bits are casts to bf16 and fp32 through the same interface.
+Gaussian whatever they were (after a single turn a sparse block is neither Gaussian nor unbiased), and rounds them to
+Lloyd-Max levels (up to 5 bits) or uniform ones between the extremes (6 to 8). Up to 5 bits a scale either makes the
+decoded block unbiased over the random signs (EDEN, Vargaftik et al. 2022), or minimizes its squared error, which is
+right where error feedback makes up for the bias.
+
+``absmax`` and ``minmax`` are what others use: no rotation, rounding to the nearest of uniform levels, from minus to
+plus the largest magnitude, or from the least to the largest value (as CGX, Markov et al. 2022). Widths of 16 and 32
+bits are casts to bf16 and fp32 through the same interface.
+
+A block that is mostly padding is rotated as a whole, however few elements are present, and the error of these is at
+most that of a full block: what padding takes of it is thrown away.
 
 Rotation is linear and all ranks use the same signs for a block, so decoded blocks of several ranks may be added in
 the rotated domain and encoded again there; only the last decoding rotates back.
@@ -17,24 +24,25 @@ codes are chosen, so that it only widens the steps, by 0.3 % on average.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import logging
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import torch
 
 from cyclebnn_dist.comm import numba_kernels, torch_kernels
-from cyclebnn_dist.comm.levels import (
-    LLOYD_MAX_BITS,
-    MAX_CODE_BITS,
-    cell_codes,
-    lloyd_max_levels,
-    uniform_levels,
-)
+from cyclebnn_dist.comm.coding import CodecName, Coding, build_coding
+from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.packing import pack, unpack
 from cyclebnn_dist.comm.pieces import CAST_BYTES, Pieces
 from cyclebnn_dist.comm.randomness import block_words, step_words
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 WIDTHS = (*range(1, MAX_CODE_BITS + 1), *CAST_BYTES)
 
 
@@ -48,23 +56,29 @@ class BlockKey:
     block: torch.Tensor
 
 
+def scale_bytes(name: CodecName, bits: int) -> int:
+    """Bytes a message of a codec holds per block beside its codes; none at the widths of casts."""
+    return 0 if bits in CAST_BYTES else 4 if name == "minmax" else 2
+
+
 class Codec:
     """Encodes pieces of a flat gradient into messages, adds messages up, decodes them. Pure and stateless.
 
     Args:
-        name: ``hadamard`` or ``absmax``.
+        name: ``hadamard``, ``absmax`` or ``minmax``.
         block_size: elements that share a scale; a power of two of at least 16.
         unbiased: whether scales up to 5 bits are unbiased instead of least-squares.
-        backend: ``numba`` (CPU), ``torch`` (any device), or ``auto``: numba for CPU tensors.
+        backend: ``numba`` (CPU), ``triton`` (GPU), ``torch`` (any device), or ``auto``: numba for CPU tensors, triton
+            for those of a GPU where it is installed. All write the same bytes.
     """
 
     def __init__(
         self,
-        name: Literal["hadamard", "absmax"] = "hadamard",
+        name: CodecName = "hadamard",
         *,
         block_size: int = 256,
         unbiased: bool = True,
-        backend: Literal["auto", "numba", "torch"] = "auto",
+        backend: Literal["auto", "numba", "torch", "triton"] = "auto",
     ) -> None:
         assert block_size >= 16, block_size
         assert block_size & (block_size - 1) == 0, block_size
@@ -73,14 +87,17 @@ class Codec:
         self.unbiased = unbiased
         self.backend = backend
         self._rotates = name == "hadamard"
-        self._rounding = torch_kernels.STOCHASTIC if unbiased else torch_kernels.NEAREST
-        self._tables: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._codings: dict[tuple[int, torch.device], Coding] = {}
 
     @property
     def digest(self) -> int:
         """63-bit number, equal for codecs that write the same bytes."""
         facts = (FORMAT_VERSION, self.name, self.block_size, self.unbiased)
         return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:8], "big") >> 1
+
+    def scale_bytes(self, bits: int) -> int:
+        """Bytes a message holds per block beside its codes."""
+        return scale_bytes(self.name, bits)
 
     def warm_up(self, device: torch.device) -> None:
         """Compile the kernels for ``device`` by encoding one block; the rotation by itself serves error feedback only."""
@@ -89,7 +106,7 @@ class Codec:
         zero = torch.zeros(1, dtype=torch.int64, device=device)
         pieces = Pieces(zero, zero + size, zero, zero, zero, zero + 8)
         message = torch.zeros(8 + 4 * size, dtype=torch.uint8, device=device)
-        for bits in (1, MAX_CODE_BITS, *CAST_BYTES):
+        for bits in WIDTHS:
             self.encode_pieces(flat, pieces, message, bits=bits, words=(0, 0), phase=1)
             self.add_pieces(message, pieces, rows, bits=bits)
             self.decode_pieces(message, pieces, flat, bits=bits, words=(0, 0))
@@ -100,26 +117,19 @@ class Codec:
         """Encode fp32 blocks ``[n, block_size]`` at 1 to 8 bits.
 
         Returns:
-            scales (bf16 ``[n]``) and packed codes (uint8 ``[n, block_size * bits / 8]``). A block with a value that
-            is not finite has scale NaN, a block of zeros has scale 0.
+            scales (bf16 ``[n, 1]``; ``[n, 2]`` of minmax: step and least value) and packed codes (uint8 ``[n, block_size
+            * bits / 8]``). A block with a value that is not finite has scale NaN, a block of zeros has scale 0.
         """
-        cells, levels = self._table(bits, x.device)
-        scales, codes = torch_kernels.encode_rows(
-            x,
-            block_words(step_words(key.seed, key.step), key.parameter, key.block),
-            phase=1,
-            rotates=self._rotates,
-            rounding=self._rounding,
-            cells=cells,
-            levels=levels,
-        )
+        words = block_words(step_words(key.seed, key.step), key.parameter, key.block)
+        coding = self._coding(bits, x.device)
+        scales, codes = torch_kernels.encode_rows(x, words, coding, phase=1, rotates=coding.rotates)
         return scales, pack(codes, bits)
 
     def decode(self, scales: torch.Tensor, codes: torch.Tensor, bits: int, key: BlockKey) -> torch.Tensor:
         """The fp32 blocks ``[n, block_size]`` that ``encode`` wrote, up to its error."""
-        _, levels = self._table(bits, codes.device)
-        x = levels[unpack(codes, bits).long()] * scales.float()[:, None]
-        if self._rotates:
+        coding = self._coding(bits, codes.device)
+        x = torch_kernels.decode_rows(scales, unpack(codes, bits), coding)
+        if coding.rotates:
             words = block_words(step_words(key.seed, key.step), key.parameter, key.block)
             x = torch_kernels.rotate_back(x, words)
         return x
@@ -142,112 +152,61 @@ class Codec:
             phase: 1 for the gradients of ranks, 2 for their mean; it separates the random rounding of scales.
             rotated: whether ``flat`` is in the domain of the codes already.
         """
+        kernels = self._kernels(flat)
         if bits in CAST_BYTES:
-            if self._on_numba(flat):
-                numba_kernels.encode_cast(
-                    *_arrays(flat, out, pieces.source, pieces.count, pieces.codes_at), bits
-                )
-            else:
-                torch_kernels.encode_cast(flat, out, pieces, size=self.block_size, bits=bits)
+            kernels.encode_cast(flat, out, pieces, size=self.block_size, bits=bits)
             return
-        cells, levels = self._table(bits, flat.device)
-        rotates = self._rotates and not rotated
-        if self._on_numba(flat):
-            numba_kernels.encode(
-                *_arrays(flat, out, *_tables(pieces)),
-                *(self.block_size, bits, *words, phase, rotates, self._rounding, *_arrays(cells, levels)),
-            )
-        else:
-            torch_kernels.encode(
-                flat,
-                out,
-                pieces,
-                size=self.block_size,
-                bits=bits,
-                words=words,
-                phase=phase,
-                rotates=rotates,
-                rounding=self._rounding,
-                cells=cells,
-                levels=levels,
-            )
+        coding = self._coding(bits, flat.device)
+        rotates = coding.rotates and not rotated
+        kernels.encode(flat, out, pieces, coding, words=words, phase=phase, rotates=rotates)
 
     def add_pieces(self, message: torch.Tensor, pieces: Pieces, rows: torch.Tensor, *, bits: int) -> None:
         """Add ``pieces`` of a message to fp32 ``rows [n, block_size]``, in the domain of the codes."""
         if bits in CAST_BYTES:
-            if self._on_numba(rows):
-                numba_kernels.add_cast(*_arrays(message, rows, pieces.count, pieces.codes_at), bits)
-            else:
-                torch_kernels.add_cast(message, rows, pieces, bits=bits)
-            return
-        _, levels = self._table(bits, rows.device)
-        if self._on_numba(rows):
-            numba_kernels.add(
-                *_arrays(message, rows, pieces.scale_at, pieces.codes_at), bits, *_arrays(levels)
-            )
+            self._kernels(rows).add_cast(message, rows, pieces, bits=bits)
         else:
-            torch_kernels.add(message, rows, pieces, bits=bits, levels=levels)
+            self._kernels(rows).add(message, rows, pieces, self._coding(bits, rows.device))
 
     def decode_pieces(
         self, message: torch.Tensor, pieces: Pieces, flat: torch.Tensor, *, bits: int, words: tuple[int, int]
     ) -> None:
         """Write the ``pieces`` of a message into ``flat`` (fp32), rotated back."""
         if bits in CAST_BYTES:
-            if self._on_numba(flat):
-                numba_kernels.decode_cast(
-                    *_arrays(message, flat, pieces.source, pieces.count, pieces.codes_at), bits
-                )
-            else:
-                torch_kernels.decode_cast(message, flat, pieces, size=self.block_size, bits=bits)
-            return
-        _, levels = self._table(bits, flat.device)
-        if self._on_numba(flat):
-            numba_kernels.decode(
-                *_arrays(message, flat, *_tables(pieces)),
-                *(self.block_size, bits, *words, self._rotates, *_arrays(levels)),
-            )
+            self._kernels(flat).decode_cast(message, flat, pieces, size=self.block_size, bits=bits)
         else:
-            torch_kernels.decode(
-                message,
-                flat,
-                pieces,
-                size=self.block_size,
-                bits=bits,
-                words=words,
-                rotates=self._rotates,
-                levels=levels,
-            )
+            self._kernels(flat).decode(message, flat, pieces, self._coding(bits, flat.device), words=words)
 
     def rotate_rows(
         self, rows: torch.Tensor, pieces: Pieces, *, bits: int, words: tuple[int, int], inverse: bool = False
     ) -> None:
         """Take fp32 ``rows [n, block_size]`` in place into the domain of the codes at ``bits``, or back."""
-        if bits in CAST_BYTES or not self._rotates:
-            return
-        if self._on_numba(rows):
-            numba_kernels.rotate_rows(
-                *_arrays(rows, pieces.count, pieces.parameter, pieces.block), *words, inverse
+        if bits not in CAST_BYTES and self._rotates:
+            self._kernels(rows).rotate_rows(rows, pieces, words=words, inverse=inverse)
+
+    def _kernels(self, tensor: torch.Tensor) -> ModuleType:
+        backend = self.backend
+        if backend == "auto":
+            backend = "numba" if tensor.device.type == "cpu" else gpu_backend()
+        if backend == "triton":
+            return importlib.import_module("cyclebnn_dist.comm.triton_kernels")
+        return numba_kernels if backend == "numba" else torch_kernels
+
+    def _coding(self, bits: int, device: torch.device) -> Coding:
+        if (bits, device) not in self._codings:
+            self._codings[bits, device] = build_coding(
+                self.name, bits=bits, block_size=self.block_size, unbiased=self.unbiased, device=device
             )
-        else:
-            torch_kernels.rotate_rows(rows, pieces, words=words, inverse=inverse)
-
-    def _on_numba(self, tensor: torch.Tensor) -> bool:
-        return self.backend == "numba" or (self.backend == "auto" and tensor.device.type == "cpu")
-
-    def _table(self, bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if (bits, device) not in self._tables:
-            assert 1 <= bits <= MAX_CODE_BITS, bits
-            if self._rotates and bits <= LLOYD_MAX_BITS:
-                cells, levels = cell_codes(bits), lloyd_max_levels(bits)
-            else:
-                cells, levels = torch.empty(0, dtype=torch.uint8), uniform_levels(bits)
-            self._tables[bits, device] = (cells.to(device), levels.to(device))
-        return self._tables[bits, device]
+        return self._codings[bits, device]
 
 
-def _tables(pieces: Pieces) -> tuple[torch.Tensor, ...]:
-    return (pieces.source, pieces.count, pieces.parameter, pieces.block, pieces.scale_at, pieces.codes_at)
-
-
-def _arrays(*tensors: torch.Tensor) -> list:
-    return [tensor.numpy() for tensor in tensors]
+@cache
+def gpu_backend() -> Literal["torch", "triton"]:
+    """``triton`` where it is installed, else ``torch``, with a warning."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        log.warning(
+            "triton is not installed: torch operators encode the gradients, which is slower (%s)", error
+        )
+        return "torch"
+    return "triton"

@@ -1,80 +1,74 @@
-"""The reconstruction levels of every code width: Lloyd-Max for a unit Gaussian, or uniform."""
+"""The grids of every code width: how a number becomes a code, and a code a level. Lloyd-Max for a unit Gaussian, or uniform.
+
+A grid is eight fp32 numbers: ``clip, a0, a1, a2, p0, p1, p2, p3``. With ``m = 2**(bits - 1)``,
+
+    code  = floor(u (a0 + a1 u^2 + a2 u^4) + m),                  u the number, clipped to [-clip, clip]
+    level = c (p0 + p1 c^2 + p2 c^4 + p3 c^6),                    c = code + 1/2 - m
+
+from the inside out, one rounding an operation. So a number is encoded and a code decoded without a table, which would
+be read element by element: the same few vector operations at every width, equal to the last bit wherever fp32 is IEEE
+and products are not fused with sums. Both polynomials are odd: a number and its level have the same sign, unless
+the number vanishes beside 1e-6.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 
 import torch
 
 MAX_CODE_BITS = 8
 LLOYD_MAX_BITS = 5
-CELLS_PER_UNIT = 128
-NUM_CELLS = 1024
 
-# Positive halves of the Lloyd-Max (Max 1960) levels of N(0, 1), from our own fixed-point iteration. Kept as
-# constants, because the last bit of erf differs between C libraries and every rank must hold the same levels.
-POSITIVE_LEVELS: dict[int, tuple[float, ...]] = {
-    1: (0.797884561,),
-    2: (0.452780035, 1.510417608),
-    3: (0.245094179, 0.756005281, 1.343909279, 2.151945705),
+# Fitted to the Lloyd-Max levels (Max 1960) of N(0, 1) and the midpoints between them, weighted by what a deviation
+# costs; the error stays within 0.5 % of Lloyd-Max at 5 bits and within 0.02 % below.
+GAUSSIAN_GRIDS: dict[int, tuple[float, ...]] = {
+    1: (1.0, 0.5, 0.0, 0.0, 1.59576912, 0.0, 0.0, 0.0),
+    2: (1.12, 1.01874613, 0.0, 0.0, 0.892886945, 0.0506925010, 0.0, 0.0),
+    3: (
+        *(1.99, 2.02638644, -0.115205817, 4.49025404e-3),
+        *(0.488541299, 6.56221849e-3, 9.98715250e-5, 1.68235667e-5),
+    ),
     4: (
-        *(0.128395030, 0.388048299, 0.656759119, 0.942340456),
-        *(1.256231197, 1.618046386, 2.069017227, 2.732589571),
+        *(2.74, 3.88200207, -0.209244768, 7.20837638e-3),
+        *(0.255297886, 1.26538886e-3, -1.34236883e-5, 4.50123659e-7),
     ),
     5: (
-        *(
-            0.065889660,
-            0.198051830,
-            0.331378306,
-            0.466699523,
-            0.604933624,
-            0.747135704,
-            0.894565117,
-            1.048783320,
-        ),
-        *(
-            1.211804381,
-            1.386340340,
-            1.576228079,
-            1.787233218,
-            2.028728399,
-            2.317739404,
-            2.691119577,
-            3.260732493,
-        ),
+        *(3.38, 7.56538822, -0.395462165, 1.25442532e-2),
+        *(0.130268032, 2.17749432e-4, -1.06271235e-6, 6.22850935e-9),
     ),
 }
 
-# Relative mean squared error of one message of Gaussian data at these levels.
+# Relative mean squared error of one message of Gaussian data at Lloyd-Max levels.
 GAUSSIAN_DISTORTION = {1: 0.363380, 2: 0.117482, 3: 0.034548, 4: 0.009501, 5: 0.002505}
 
 
 @cache
-def lloyd_max_levels(bits: int) -> torch.Tensor:
-    """The ``2**bits`` levels in ascending order, fp32, for ``bits`` of 1 to 5."""
-    positive = POSITIVE_LEVELS[bits]
-    return torch.tensor([-level for level in reversed(positive)] + list(positive), dtype=torch.float32)
+def gaussian_grid(bits: int) -> torch.Tensor:
+    """The grid of ``2**bits`` Lloyd-Max levels for numbers of unit variance, fp32 ``[8]``; ``bits`` of 1 to 5."""
+    return torch.tensor(GAUSSIAN_GRIDS[bits], dtype=torch.float32)
 
 
 @cache
-def uniform_levels(bits: int) -> torch.Tensor:
-    """The odd integers from ``-(2**bits - 1)`` to ``2**bits - 1``, fp32: one scale unit is half a step."""
-    count = 2**bits
-    return torch.arange(-(count - 1), count, 2, dtype=torch.float32)
+def uniform_grid(bits: int) -> torch.Tensor:
+    """The grid of ``2**bits`` uniform levels from ``1 - 2**bits`` to ``2**bits - 1``, fp32 ``[8]``.
 
-
-@cache
-def cell_codes(bits: int) -> torch.Tensor:
-    """Code of the nearest Lloyd-Max level for each of 1024 cells that cut [-4, 4), uint8.
-
-    Thresholds are thereby rounded to 1/128, which costs less than 0.3 % of the error at 5 bits and lets every
-    backend find a code with one multiplication and one look-up, equal to the last bit. Zero is a cell boundary:
-    a value and its level never have opposite signs.
+    Numbers are in steps (a step is two units of a level); what lies beyond the last level gets its code.
     """
-    levels = lloyd_max_levels(bits).double()
-    thresholds = torch.tensor([(a + b) / 2 for a, b in pairwise(levels.tolist())], dtype=torch.float64)
-    centres = (
-        torch.arange(NUM_CELLS, dtype=torch.float64) + 0.5
-    ) / CELLS_PER_UNIT - NUM_CELLS / CELLS_PER_UNIT / 2
-    return torch.searchsorted(thresholds, centres).to(torch.uint8)
+    return torch.tensor([2.0 ** (bits - 1) - 0.25, 1, 0, 0, 2, 0, 0, 0], dtype=torch.float32)
+
+
+def codes_of(numbers: torch.Tensor, grid: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes (uint8) of fp32 ``numbers``."""
+    clip, a0, a1, a2 = grid[:4]
+    u = numbers.clamp(-clip, clip)
+    square = u * u
+    return (u * ((a2 * square + a1) * square + a0) + 2.0 ** (bits - 1)).to(torch.uint8)
+
+
+def levels_of(codes: torch.Tensor, grid: torch.Tensor, bits: int) -> torch.Tensor:
+    """The levels (fp32) of uint8 ``codes``."""
+    p0, p1, p2, p3 = grid[4:]
+    c = codes.float() + (0.5 - 2.0 ** (bits - 1))
+    square = c * c
+    return c * (((p3 * square + p2) * square + p1) * square + p0)

@@ -9,8 +9,6 @@ import torch
 CAST_BYTES = {16: 2, 32: 4}
 """Bytes of an element at the widths that are plain casts: bf16 and fp32."""
 
-SCALE_BYTES = 2
-
 
 @dataclass(frozen=True)
 class Pieces:
@@ -21,7 +19,7 @@ class Pieces:
         count: elements that are present; a codec pads the rest of the block with zeros.
         parameter: index of the parameter.
         block: index of the piece within its parameter.
-        scale_at: byte offset of the block's scale (unused by casts).
+        scale_at: byte offset of the block's scales (unused by casts).
         codes_at: byte offset of its codes or cast elements; casts are aligned to their width.
     """
 
@@ -49,7 +47,7 @@ class Pieces:
 
 
 def piece_bytes(count: torch.Tensor, *, bits: int, block_size: int) -> torch.Tensor:
-    """Bytes of each piece in a message, without the scale: int64 ``[n]``."""
+    """Bytes of each piece in a message, without its scales: int64 ``[n]``."""
     if bits in CAST_BYTES:
         return count * CAST_BYTES[bits]
     return torch.full_like(count, block_size * bits // 8)

@@ -18,7 +18,7 @@ import torch
 
 from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import Layout, ParameterLayout
-from cyclebnn_dist.comm.pieces import CAST_BYTES, SCALE_BYTES, Pieces, piece_bytes
+from cyclebnn_dist.comm.pieces import Pieces, piece_bytes
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,26 @@ class Plan:
         return max(self.sizes)
 
 
-def build_plan(layout: Layout, indices: Sequence[int], *, bits: int, rank: int, device: torch.device) -> Plan:
-    """The plan of the parameters with these indices, concatenated in this order, on ``device``."""
+def build_plan(
+    layout: Layout,
+    indices: Sequence[int],
+    *,
+    bits: int,
+    scale_bytes: int,
+    rank: int,
+    device: torch.device,
+) -> Plan:
+    """The plan of the parameters with these indices, concatenated in this order, on ``device``.
+
+    Args:
+        scale_bytes: of each wide block beside its codes, as the codec has it.
+    """
     parameters = tuple(layout.parameters[index] for index in indices)
     starts = (0, *accumulate(p.numel for p in parameters))
     owners = range(layout.world_size)
-    shares = [_share(parameters, starts, owner, layout, bits=bits) for owner in owners]
+    shares = [
+        _share(parameters, starts, owner, layout, bits=bits, scale_bytes=scale_bytes) for owner in owners
+    ]
     sizes = tuple(size for _, size in shares)
     padded = max(sizes)
 
@@ -103,7 +117,13 @@ def build_plan(layout: Layout, indices: Sequence[int], *, bits: int, rank: int, 
 
 
 def _share(
-    parameters: Sequence[ParameterLayout], starts: Sequence[int], owner: int, layout: Layout, *, bits: int
+    parameters: Sequence[ParameterLayout],
+    starts: Sequence[int],
+    owner: int,
+    layout: Layout,
+    *,
+    bits: int,
+    scale_bytes: int,
 ) -> tuple[Share, int]:
     """An owner's pieces, with offsets from the beginning of its message, and the message's size in bytes."""
     size = layout.block_size
@@ -122,7 +142,6 @@ def _share(
     small_bytes = piece_bytes(small[1], bits=layout.small_width(bits), block_size=size)
     small_at = HEADER_BYTES + small_bytes.cumsum(0) - small_bytes
     scales_at = HEADER_BYTES + int(small_bytes.sum())
-    scale_bytes = 0 if bits in CAST_BYTES else SCALE_BYTES
     scale_at = scales_at + scale_bytes * torch.arange(wide.shape[1])
     wide_bytes = piece_bytes(wide[1], bits=bits, block_size=size)
     codes_at = scales_at + scale_bytes * wide.shape[1] + wide_bytes.cumsum(0) - wide_bytes

@@ -11,7 +11,10 @@ MULTIPLIER_A = 0x7FEB352D
 MULTIPLIER_B = 0x846CA68B
 
 ROUNDING_COUNTER = 0x10000
-"""Counters from here on round the scales (plus the phase); those below draw signs, 32 at a time."""
+"""Counters from here on round the scales (plus the phase); those below draw signs."""
+
+SIGN_ROWS = 16
+"""Rows a block is cut into to draw its signs."""
 
 
 def step_words(seed: int, step: int) -> tuple[int, int]:
@@ -46,10 +49,10 @@ def random_words(per_block: torch.Tensor, counters: torch.Tensor) -> torch.Tenso
 def signs(per_block: torch.Tensor, size: int, *, turn: int) -> torch.Tensor:
     """Random signs as int32 ``[n, size]`` masks of the sign bit: 0 or the most negative int32.
 
-    ``turn`` 0 and 1 give independent signs. Of ``w = size / 32`` words, bit ``i`` of word ``j`` is the sign of element ``i * w + j``.
+    ``turn`` 0 and 1 give independent signs. Of ``w = size / 16`` words, bit ``16 * turn + i`` of word ``j`` is the sign
+    of element ``i * w + j``: the two turns share words, and a row of ``w`` elements takes the same bit of each.
     """
-    num_words = max(1, size // 32)
-    words = random_words(per_block, torch.arange(num_words, device=per_block.device) + turn * num_words)
-    shifts = torch.arange(size // num_words, device=per_block.device)
+    words = random_words(per_block, torch.arange(size // SIGN_ROWS, device=per_block.device))
+    shifts = torch.arange(SIGN_ROWS, device=per_block.device) + SIGN_ROWS * turn
     bits = (words[:, None, :] >> shifts[:, None]) & 1
     return (bits.reshape(len(per_block), size) << 31).to(torch.int32)

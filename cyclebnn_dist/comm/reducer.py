@@ -264,7 +264,12 @@ class Reducer:
     def _plan(self, indices: tuple[int, ...], bits: int) -> Plan:
         if (indices, bits) not in self._plans:
             self._plans[indices, bits] = build_plan(
-                self.layout, indices, bits=bits, rank=self._rank, device=self._device
+                self.layout,
+                indices,
+                bits=bits,
+                scale_bytes=self.codec.scale_bytes(bits),
+                rank=self._rank,
+                device=self._device,
             )
         return self._plans[indices, bits]
 

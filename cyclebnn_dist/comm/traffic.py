@@ -6,13 +6,21 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from cyclebnn_dist.comm.codec import scale_bytes
+from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.plan import build_plan
 
 
 def count_step(
-    layout: Layout, buckets: Iterable[Sequence[int]], *, bits: int, rank: int = 0, steps: int = 1
+    layout: Layout,
+    buckets: Iterable[Sequence[int]],
+    *,
+    bits: int,
+    codec: CodecName,
+    rank: int = 0,
+    steps: int = 1,
 ) -> Counters:
     """What the counters of ``rank`` gain in ``steps`` steps of ``bits`` bits; their seconds stay 0.
 
@@ -27,7 +35,14 @@ def count_step(
     if others == 0:
         return counters
     for indices in buckets:
-        plan = build_plan(layout, indices, bits=bits, rank=rank, device=torch.device("cpu"))
+        plan = build_plan(
+            layout,
+            indices,
+            bits=bits,
+            scale_bytes=scale_bytes(codec, bits),
+            rank=rank,
+            device=torch.device("cpu"),
+        )
         sent = sum(plan.sizes) - plan.sizes[rank] + others * plan.padded_size
         counters.add_exchange(sent_bytes=steps * sent, numel=steps * plan.numel, world_size=layout.world_size)
     return counters

@@ -250,8 +250,8 @@ class CommConfig:
 
     mode: Literal["auto", "quantized", "bf16", "fp32"] = "auto"
     """quantized: at the schedule's width; bf16, fp32: at that width always; auto: quantized with more than one rank."""
-    codec: Literal["hadamard", "absmax"] = "hadamard"
-    """hadamard: randomized block rotation with Lloyd-Max levels; absmax: plain uniform levels per block."""
+    codec: Literal["hadamard", "absmax", "minmax"] = "hadamard"
+    """hadamard: randomized block rotation with Lloyd-Max levels; absmax, minmax: plain uniform levels per block."""
     block_size: int = 256
     """Elements that share one scale; a power of two."""
     small_bits: Literal[16, 32] = 32

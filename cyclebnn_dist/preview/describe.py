@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cyclebnn_dist.batching import steps_per_epoch, total_steps
 from cyclebnn_dist.binary import count, scheduled_precision
 from cyclebnn_dist.comm import Layout, build_layout
+from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.mode import communicated_precision
 from cyclebnn_dist.comm.traffic import count_step
@@ -109,7 +110,7 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     counters = Counters()
     if ranks > 1:
         buckets = observe_buckets(model, recipe, layout, widths=schedule.at(0))
-        counters = expected_traffic(schedule, layout, buckets)
+        counters = expected_traffic(schedule, layout, buckets, codec=recipe.comm.codec)
     saving = training_saving(counts, schedule.counts())
     channels = {}
     for name in CHANNELS:
@@ -142,12 +143,14 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     }
 
 
-def expected_traffic(schedule: Schedule, layout: Layout, buckets: Buckets) -> Counters:
+def expected_traffic(schedule: Schedule, layout: Layout, buckets: Buckets, *, codec: CodecName) -> Counters:
     """What rank 0 hands to the network in the whole run."""
     first = schedule.at(0).communication_bits
     later = Counter(schedule.communication.first(schedule.total_steps)[1:])
-    parts = [count_step(layout, buckets.first_step, bits=first)]
-    parts += [count_step(layout, buckets.later_steps, bits=bits, steps=n) for bits, n in later.items()]
+    parts = [count_step(layout, buckets.first_step, bits=first, codec=codec)]
+    parts += [
+        count_step(layout, buckets.later_steps, bits=bits, codec=codec, steps=n) for bits, n in later.items()
+    ]
     return Counters(
         sent_bytes=sum(part.sent_bytes for part in parts),
         fp32_bytes=sum(part.fp32_bytes for part in parts),
