@@ -6,16 +6,15 @@ import difflib
 import math
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from cyclebnn_dist.binary.parameters import ParameterKind
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import OptimConfig
 from cyclebnn_dist.timm_import import timm
-
-ParameterKind = Literal["binary", "real", "other"]
 
 
 def build_optimizer(

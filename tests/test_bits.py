@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cyclebnn_dist.binary import bits, cpu_kernels
-from cyclebnn_dist.binary.bits import layout_of, mask_by_bits, pack_bits, pack_signs, pack_within, unpack_bits
+from cyclebnn_dist.binary.bits import form_of, mask_by_bits, pack_bits, pack_signs, pack_within, unpack_bits
 from cyclebnn_dist.binary.layouts import is_channels_last
 
 LAYOUTS = {
@@ -35,7 +35,7 @@ def test_signs_come_back_as_they_were(shape, layout, dtype):
     signs = torch.where(x >= 0.0, 1.0, -1.0).to(dtype)
     packed = pack_signs(x)
     assert packed.numel() == math.ceil(x.numel() / 8)
-    back = unpack_bits(packed, *layout_of(x), -1.0, 1.0, dtype)
+    back = unpack_bits(packed, *form_of(x), -1.0, 1.0, dtype)
     assert torch.equal(back, signs)
     assert is_channels_last(back) == is_channels_last(x)
 
@@ -85,7 +85,7 @@ def test_operators_are_whole_for_the_compiler():
     x = torch.randn(2, 3, 5, 7)
     last = x.contiguous(memory_format=torch.channels_last)
     for value in (x, last):
-        layout = layout_of(value)
+        layout = form_of(value)
         packed = pack_signs(value)
         torch.library.opcheck(bits.pack_bits, (value > 0.0,))
         torch.library.opcheck(bits.pack_within, (value, -1.0, 1.0))

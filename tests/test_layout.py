@@ -15,7 +15,7 @@ SHAPES = [(), (1,), (3,), (64,), (33, 3), (32, 32), (17, 61), (40, 80), (1000,),
 shapes = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=6)
 
 
-def layout_of(shape_list, *, world_size, block_size=64, small_bits=32, small_numel=1024):
+def form_of(shape_list, *, world_size, block_size=64, small_bits=32, small_numel=1024):
     named = [(f"p{i}", torch.empty(shape)) for i, shape in enumerate(shape_list)]
     return build_layout(
         named, world_size=world_size, block_size=block_size, small_bits=small_bits, small_numel=small_numel
@@ -25,7 +25,7 @@ def layout_of(shape_list, *, world_size, block_size=64, small_bits=32, small_num
 @given(shapes, st.integers(1, 9))
 @settings(deadline=None)
 def test_every_element_has_exactly_one_owner_and_shares_are_even(shape_list, world_size):
-    for parameter in layout_of(shape_list, world_size=world_size).parameters:
+    for parameter in form_of(shape_list, world_size=world_size).parameters:
         owned = [element for rank in range(world_size) for element in parameter.owned_elements(rank)]
         assert sorted(owned) == list(range(parameter.numel))
         units = [len(parameter.owned_units(rank)) for rank in range(world_size)]
@@ -46,7 +46,7 @@ def test_every_element_has_exactly_one_owner_and_shares_are_even(shape_list, wor
 @settings(deadline=None, max_examples=60)
 def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world_size, bits, codec, random):
     scale_bytes = Codec(codec).scale_bytes(bits)
-    layout = layout_of(shape_list, world_size=world_size, small_bits=16)
+    layout = form_of(shape_list, world_size=world_size, small_bits=16)
     indices = list(range(len(shape_list)))
     random.shuffle(indices)
     plan = build_plan(layout, indices, bits=bits, scale_bytes=scale_bytes, rank=0, device=CPU)
@@ -71,7 +71,7 @@ def test_messages_hold_every_element_once_and_nothing_overlaps(shape_list, world
 
 
 def test_many_parameters_load_all_ranks_alike():
-    layout = layout_of([(33, 32)] * 64, world_size=4)
+    layout = form_of([(33, 32)] * 64, world_size=4)
     plan = build_plan(layout, range(64), bits=4, scale_bytes=2, rank=0, device=CPU)
     assert max(plan.sizes) - min(plan.sizes) <= 64
 
@@ -89,18 +89,18 @@ def test_many_parameters_load_all_ranks_alike():
 )
 def test_the_digest_tells_layouts_apart(other):
     reference = {"shape_list": [(40, 80), (64,)], "world_size": 2}
-    assert layout_of(**reference).digest == layout_of(**reference).digest
-    assert layout_of(**reference).digest != layout_of(**(reference | other)).digest
-    assert 0 <= layout_of(**reference).digest < 2**63
+    assert form_of(**reference).digest == form_of(**reference).digest
+    assert form_of(**reference).digest != form_of(**(reference | other)).digest
+    assert 0 <= form_of(**reference).digest < 2**63
 
 
 def test_small_parameters_never_travel_narrower_than_the_step():
-    assert [layout_of([(3,)], world_size=2, small_bits=16).small_width(bits) for bits in (4, 16, 32)] == [
+    assert [form_of([(3,)], world_size=2, small_bits=16).small_width(bits) for bits in (4, 16, 32)] == [
         16,
         16,
         32,
     ]
-    assert [layout_of([(3,)], world_size=2, small_bits=32).small_width(bits) for bits in (4, 16, 32)] == [
+    assert [form_of([(3,)], world_size=2, small_bits=32).small_width(bits) for bits in (4, 16, 32)] == [
         32,
         32,
         32,

@@ -9,7 +9,7 @@ from torch import nn
 from cyclebnn_dist.binary import METHODS, BinaryConv2d, binarize_, binary_modules, set_progress, set_widths
 from cyclebnn_dist.binary.rebuild import Rebuild, keep_less_, offer, offered, saving_instead, through
 from cyclebnn_dist.config.recipe import BinaryConfig
-from cyclebnn_dist.models.memory import activation_bytes
+from cyclebnn_dist.models.memory import Ledger, activation_bytes
 from cyclebnn_dist.timm_import import timm
 
 FAMILIES = {
@@ -191,3 +191,101 @@ def test_only_what_would_keep_the_product_makes_it_kept_as_integers():
     model = nn.Sequential(followed, nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1), plain)
     keep_less_(model, recompute=False, input_size=(3, 8, 8))
     assert (followed.keep, plain.keep) == ("integers", "nothing")
+
+
+def chain(*, method="bireal", keep="recompute"):
+    """real convolution, then twice normalization, PReLU and binary convolution."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3))
+    for _ in range(2):
+        binary = BinaryConv2d.from_real(nn.Conv2d(6, 6, 3), method=method)
+        model.extend([nn.BatchNorm2d(6), nn.PReLU(), binary])
+    model.append(nn.BatchNorm2d(6))
+    if keep != "nothing":
+        keep_less_(model, recompute=keep == "recompute", input_size=(3, 12, 12))
+    return model
+
+
+def gradients_of(model, logits):
+    loss = logits.mul(torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum()
+    return torch.autograd.grad(loss, tuple(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_at_the_forward_pass_counts(training):
+    """Evaluation between a forward and its backward pass is common; so are frozen normalizations."""
+    images, found = torch.randn(4, 3, 12, 12), []
+    for keep in ("nothing", "recompute"):
+        model = chain(keep=keep).train(training)
+        logits = model(images)
+        model.train(not training)
+        found.append(gradients_of(model, logits))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("keep", ["integers", "recompute"])
+@pytest.mark.parametrize("key", ["1.weight", "2.weight", "4.bias"])
+def test_parameters_changed_before_the_backward_pass_are_refused_as_ever(key, keep):
+    model = chain(keep=keep)
+    logits = model(torch.randn(4, 3, 12, 12))
+    with torch.no_grad():
+        model.get_parameter(key).add_(1.0)
+    if key == "4.bias" and keep == "integers":
+        gradients_of(model, logits)  # no gradient hangs on it
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients_of(model, logits)
+
+
+def test_latent_weights_changed_before_the_backward_pass_are_refused():
+    layer = BinaryConv2d.from_real(nn.Conv2d(4, 4, 3), method="bnext")
+    set_progress(layer, 0.01)
+    output = layer(torch.randn(2, 4, 5, 5, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["prelu", "rprelu", "hardtanh"])
+def test_what_is_rebuilt_is_what_autocast_made(activation, dtype):
+    def gradients(keep):
+        model = build("resnet18", keep=keep, activation=activation)
+        with torch.autocast("cpu", dtype=dtype):
+            logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+        logits.float().square().sum().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients("nothing")
+    for keep in ("integers", "recompute"):
+        assert all(map(torch.equal, expected, gradients(keep)))
+
+
+@pytest.mark.parametrize("keep", ["integers", "recompute"])
+def test_all_that_is_kept_goes_with_the_backward_pass(keep):
+    """A loss that is still held, as in a loop that accumulates, must not hold the activations of its step."""
+    model = build("resnet18", keep=keep)
+    one_step(model)
+    with Ledger() as ledger:
+        loss = model(torch.randn(4, 3, 32, 32)).square().sum()
+        loss.backward()
+        own = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in model.parameters())]
+        held = ledger.held_bytes(besides={tensor.untyped_storage().data_ptr() for tensor in own})
+    assert held == loss.element_size()
+
+
+def test_inference_mode_works():
+    model = build("resnet18").eval()
+    with torch.no_grad():
+        expected = model(torch.ones(1, 3, 32, 32))
+    with torch.inference_mode():
+        assert torch.equal(model(torch.ones(1, 3, 32, 32)), expected)
+
+
+def test_modules_may_be_called_by_name():
+    model = chain()
+    images = torch.randn(2, 3, 12, 12)
+    first = model[0](images)
+    norm, activation, binary = model[1], model[2], model[3]
+    assert torch.equal(binary(input=activation(input=norm(input=first))), binary(activation(norm(first))))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cyclebnn_dist.binary.bits import mask_by_bits, pack_within
 from cyclebnn_dist.binary.layouts import all_but, along_channels, is_channels_last
-from cyclebnn_dist.binary.trial import trial_forward
+from cyclebnn_dist.binary.trial import first_input, trial_forward
 from cyclebnn_dist.config import RecipeError
 
 ONE_SIDED_ACTIVATIONS = frozenset(
@@ -197,9 +197,12 @@ def find_channels(
             handles.append(module.register_forward_hook(pass_layer))
     for name in names:
 
-        def remember(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            dim = 1 if inputs[0].dim() == 4 and not behind_linear else -1
-            channels = Channels(inputs[0].shape[dim], dim)
+        def remember(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = name
+        ) -> None:
+            x = first_input(inputs, named)
+            dim = 1 if x.dim() == 4 and not behind_linear else -1
+            channels = Channels(x.shape[dim], dim)
             if found.setdefault(name, channels) != channels:
                 raise RecipeError(
                     "binary.activation",
@@ -207,7 +210,7 @@ def find_channels(
                     "choose prelu or hardtanh, which do not learn for each channel",
                 )
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(remember))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(remember, with_kwargs=True))
     try:
         trial_forward(model, input_size=input_size)
     finally:

@@ -16,26 +16,30 @@ import torch
 from torch import Tensor
 
 from cyclebnn_dist.binary import cpu_kernels
-from cyclebnn_dist.binary.layouts import in_memory_order, is_channels_last
+from cyclebnn_dist.binary.layouts import dense, in_memory_order, is_channels_last
 
 _GATHER = 0x0102040810204080
 """Eight bytes of 0 or 1 times this have the eight bits side by side in their highest byte, the first one lowest."""
 
 
-class Layout(NamedTuple):
+class Form(NamedTuple):
     """What unpacking needs beside the bits."""
 
     shape: Sequence[int]
     channels_last: bool
 
 
-def layout_of(x: Tensor) -> Layout:
-    return Layout(x.shape, is_channels_last(x))
+def form_of(x: Tensor) -> Form:
+    """The form that packing gives ``x``."""
+    return Form(x.shape, is_channels_last(x))
 
 
 @torch.library.custom_op("cyclebnn::pack_bits", mutates_args=())
 def pack_bits(chosen: Tensor) -> Tensor:
-    """Bits of a bool tensor of any shape: uint8 [ceil(numel / 8)], in the order of memory, the first element lowest."""
+    """Bits of a bool tensor of any shape: uint8 [ceil(numel / 8)], in the order of memory, the first element lowest.
+
+    What is in neither the plain nor the channels-last layout is packed as if in the plain one.
+    """
     flat = in_memory_order(chosen)
     if flat.numel() % 8:
         flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8))
@@ -47,6 +51,7 @@ def pack_bits(chosen: Tensor) -> Tensor:
 @torch.library.custom_op("cyclebnn::pack_within", mutates_args=())
 def pack_within(x: Tensor, low: float, high: float) -> Tensor:
     """``pack_bits`` of low <= x <= high."""
+    x = dense(x)
     if not cpu_kernels.usable(x):
         return pack_bits(x.ge(low).logical_and_(x.le(high)))
     bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)

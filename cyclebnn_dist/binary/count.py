@@ -108,7 +108,9 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
 
         def measure(layer: nn.Module, inputs: Any, output: torch.Tensor, name: str = name) -> None:
             nonlocal magnitudes
-            macs[name] = macs.get(name, 0) + output.numel() * _macs_per_output(layer)
+            transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+            elements = inputs[0].numel() if transposed else output.numel()
+            macs[name] = macs.get(name, 0) + elements * _macs_per_element(layer)
             if _scales_by_input(layer):
                 magnitudes += inputs[0].numel() + output.numel()
             shapes[name] = tuple(output.shape[1:])
@@ -217,7 +219,7 @@ def _scales_by_input(layer: nn.Module) -> bool:
     return binarizer is not None and type(binarizer).input_magnitude is not Binarizer.input_magnitude
 
 
-def _macs_per_output(layer: nn.Module) -> int:
+def _macs_per_element(layer: nn.Module) -> int:
     """Multiply-accumulates of one output element (of one input element, for a transposed convolution)."""
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)

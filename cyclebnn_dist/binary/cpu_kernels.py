@@ -7,6 +7,7 @@ the order of memory. Compiled code is kept on disk (see ``numba_jit``).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -65,6 +66,10 @@ def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None
 @lru_cache(maxsize=4)
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="binary-kernels")
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @compiled
@@ -130,11 +135,13 @@ def surrogate_times(start, stop, x, grad, polynomial, result):
 
 
 @reassociating
-def sums(x):
+def sums(x, origin):
+    """Of x - origin, and of its squares."""
     total, squares = F0, F0
     for j in range(x.size):
-        total += x[j]
-        squares += x[j] * x[j]
+        value = x[j] - origin
+        total += value
+        squares += value * value
     return np.float64(total), np.float64(squares)
 
 
@@ -160,18 +167,22 @@ def row_statistics(start, stop, x, x_bits, epsilon, statistics, statistics_bits)
     numel = x.shape[1]
     for i in range(start, stop):
         total, squares, low, high = 0.0, 0.0, np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+        # Near the mean, so that squares do not drown the variance.
+        origin = x[i, 0]
         for begin in range(0, numel, CHUNK):
-            more, more_squares = sums(x[i, begin : begin + CHUNK])
+            more, more_squares = sums(x[i, begin : begin + CHUNK], origin)
             total += more
             squares += more_squares
             least, most = extremes(x_bits[i, begin : begin + CHUNK])
             low, high = min(low, least), max(high, most)
-        mean = total / numel
-        variance = max(0.0, squares - numel * mean * mean) / max(1, numel - 1)
-        statistics[0, i] = np.float32(mean)
-        statistics[1, i] = np.float32(math.sqrt(variance + epsilon))
-        statistics_bits[2, i] = ordered(low)
-        statistics_bits[3, i] = ordered(high)
+        variance = (squares - total * total / numel) / max(1, numel - 1)
+        statistics[0, i] = np.float32(origin + total / numel)
+        if math.isnan(variance):
+            statistics[1:, i] = np.nan
+        else:
+            statistics[1, i] = np.float32(math.sqrt(max(0.0, variance) + epsilon))
+            statistics_bits[2, i] = ordered(low)
+            statistics_bits[3, i] = ordered(high)
 
 
 @compiled

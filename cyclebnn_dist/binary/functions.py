@@ -19,6 +19,7 @@ from cyclebnn_dist.binary.layouts import (
     along_channels,
     as_rows,
     at_least_fp32,
+    dense,
     in_memory_order,
     is_channels_last,
     per_filter,
@@ -150,7 +151,7 @@ class StandardizedSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, mean, deviation, low, step = ctx.saved_tensors
-        x, grad = at_least_fp32(saved), at_least_fp32(grad)
+        x, grad = dense(at_least_fp32(saved)), at_least_fp32(grad)
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
         if cpu_kernels.usable(x, grad):
@@ -174,7 +175,7 @@ class StandardizedSign(torch.autograd.Function):
             grad = value.abs_().mul_(-2.0).add_(2.0).clamp_min_(0.0).mul_(grad)
         numel = x[0].numel()
         inner = torch.linalg.vecdot(as_rows(grad), as_rows(x)).view_as(mean)
-        pull = inner * factor / ((numel - 1) * deviation.square())
+        pull = inner * factor / (max(1, numel - 1) * deviation.square())
         # (grad - (x - mean) * inner / ((n - 1) deviation^2)) * factor
         result = (grad * factor).addcmul_(x, -pull).add_(mean * pull)
         return result.to(saved.dtype), *[None] * 8

@@ -51,10 +51,10 @@ class BinaryConv2d(nn.Conv2d):
 
         def finish(product: Tensor) -> Tensor:
             output = self.binarizer.scale_output(product)
-            output = output if means is None else output * means
-            return output if self.bias is None else output + self.bias.view(-1, 1, 1)
+            output = output if means is None else output * means.to(output.dtype)
+            return output if self.bias is None else output + self.bias.view(-1, 1, 1).to(output.dtype)
 
-        return through(finish, product)
+        return through(finish, product, reads=[*self.binarizer.parameters(), self.bias])
 
     def _geometry(self, height: int, width: int) -> Geometry:
         """This convolution of an input of that size."""
@@ -117,10 +117,10 @@ class BinaryLinear(nn.Linear):
 
         def finish(product: Tensor) -> Tensor:
             output = self.binarizer.scale_output(product)
-            output = output if magnitude is None else output * magnitude
-            return output if self.bias is None else output + self.bias
+            output = output if magnitude is None else output * magnitude.to(output.dtype)
+            return output if self.bias is None else output + self.bias.to(output.dtype)
 
-        return through(finish, product)
+        return through(finish, product, reads=[*self.binarizer.parameters(), self.bias])
 
 
 def _take_over(cls: type[Layer], real: nn.Module) -> Layer:

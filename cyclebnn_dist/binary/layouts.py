@@ -10,6 +10,11 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is in the plain or the channels-last layout without gaps, else a plain copy."""
+    return x if is_channels_last(x) else x.contiguous()
+
+
 def in_memory_order(x: Tensor) -> Tensor:
     """``x`` as one row, its elements in the order of memory (where that is the plain or the channels-last one)."""
     return (x.permute(0, 2, 3, 1) if is_channels_last(x) else x).reshape(-1)

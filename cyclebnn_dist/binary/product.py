@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cyclebnn_dist.binary.bits import Layout, layout_of, pack_bits, pack_signs, unpack_bits
-from cyclebnn_dist.binary.layouts import per_filter
-from cyclebnn_dist.binary.rebuild import Rebuild, offer, offered, saving_instead
+from cyclebnn_dist.binary.bits import Form, form_of, pack_bits, pack_signs, unpack_bits
+from cyclebnn_dist.binary.layouts import dense, per_filter
+from cyclebnn_dist.binary.rebuild import Kept, Rebuild, offer, offered, saving_instead
 
 Operands = Literal["signs", "scaled_signs", "two_valued", "real"]
 """signs: inputs and weights of +1 and -1. scaled_signs: the weights times a scale per filter. two_valued: any two values, of
 the whole input and of each filter. real: inputs of +1 and -1, weights of any values."""
 
 Keep = Literal["nothing", "integers", "recompute"]
-"""How the product can be had again: not at all, from 16-bit integers, or by computing it once more."""
+"""How the product can be had again: not at all; from 16-bit integers, where it is wider and integer, else from itself (so
+that only what is made of it is not kept); or by computing it once more."""
 
 _INTEGER = ("signs", "scaled_signs")
 
@@ -56,15 +57,31 @@ def binary_product(
     rebuild = offered(weight)
     with nullcontext() if rebuild is None else saving_instead(weight, rebuild):
         product: Tensor = BinaryProduct.apply(inputs, weight, geometry, operands, keep)
-    node = None if torch.compiler.is_compiling() else product.grad_fn
-    if node is not None:
-        if rebuild is not None and hasattr(node, "packed"):
-            node.packed = (node.packed[0], rebuild)
-        if keep == "recompute":
-            offer(product, Rebuild(lambda: _recompute(node)))
-        elif getattr(node, "integers", None) is not None:
-            offer(product, Rebuild(lambda: _from_integers(node)))
+    node: Any = None if torch.compiler.is_compiling() else product.grad_fn
+    if node is None or keep == "nothing":
+        return product
+    # Handed over, so that it goes when those who saved the product let go of it.
+    about, packed, integers = node.about, node.packed, node.integers
+    node.packed = node.integers = None
+    if keep == "recompute":
+        packed = packed if rebuild is None else (packed[0], rebuild)
+        offer(product, Rebuild(lambda: _recompute(about, packed)))
+    elif integers is None:
+        offer(product, Rebuild(Kept(product.detach()).take))
+    else:
+        scale = packed[2] if operands == "scaled_signs" else None
+        offer(product, Rebuild(lambda: _scaled(integers.to(about.dtype), scale, geometry)))
     return product
+
+
+class About(NamedTuple):
+    """A product: what must be known of it beside the values."""
+
+    geometry: Geometry | None
+    operands: Operands
+    input_form: Form
+    weight_form: Form
+    dtype: torch.dtype
 
 
 class BinaryProduct(torch.autograd.Function):
@@ -74,34 +91,32 @@ class BinaryProduct(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, geometry: Geometry | None, operands: Operands, keep: Keep
     ) -> Tensor:
-        ctx.geometry, ctx.operands = geometry, operands
-        ctx.input_layout, ctx.weight_layout = layout_of(inputs), layout_of(weight)
+        inputs, weight = dense(inputs), dense(weight)
+        forms = form_of(inputs), form_of(weight)
         needed = any(ctx.needs_input_grad)
-        if needed:
-            packed = _packed(inputs, weight, operands)
-            ctx.save_for_backward(*packed)
-            if keep != "nothing" and not torch.compiler.is_compiling():
-                # Rebuilding must not take what the backward pass itself is to have once.
-                ctx.packed = packed
+        packed = _packed(inputs, weight, operands) if needed else ()
+        ctx.save_for_backward(*packed)
         scale = None
         if operands == "scaled_signs":
             scale = _scale(weight)
             weight = torch.copysign(scale.new_ones(()), weight)
         product = multiply(inputs, weight, geometry)
-        ctx.dtype = product.dtype
-        if operands in _INTEGER:
-            if product.is_cuda:
-                # Some algorithms of cuDNN compute integers only nearly.
-                product.round_()
-            narrower = product.element_size() > 2 and weight[0].numel() <= LARGEST_INTEGER
-            if needed and keep == "integers" and narrower:
+        if operands in _INTEGER and product.is_cuda:
+            # Some algorithms of cuDNN compute integers only nearly.
+            product.round_()
+        ctx.about = About(geometry, operands, *forms, product.dtype)
+        if needed and keep != "nothing" and not torch.compiler.is_compiling():
+            # Beside what autograd saves, for that can be had only once where blocks are checkpointed.
+            ctx.packed, ctx.integers = packed, None
+            short = operands in _INTEGER and weight[0].numel() <= LARGEST_INTEGER
+            if keep == "integers" and short and product.element_size() > 2:
                 ctx.integers = product.to(torch.int16)
-        return product if scale is None else product.mul_(_per_output(scale, product, geometry))
+        return _scaled(product, scale, geometry)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        geometry: Geometry | None = ctx.geometry
-        inputs, weight = _operands(ctx, ctx.saved_tensors, grad.dtype)
+        geometry: Geometry | None = ctx.about.geometry
+        inputs, weight = _operands(ctx.about, ctx.saved_tensors, grad.dtype)
         need_input, need_weight = ctx.needs_input_grad[:2]
         if geometry is None:
             input_grad = grad @ weight if need_input else None
@@ -159,55 +174,46 @@ def _packed(inputs: Tensor, weight: Tensor, operands: Operands) -> tuple[Tensor,
 
 
 def _operands(
-    ctx: Any, packed: tuple[Any, ...], dtype: torch.dtype, *, scaled: bool = True
+    about: About, packed: tuple[Any, ...], dtype: torch.dtype, *, scaled: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Inputs and weight of a product as they were, in ``dtype``; signs without their scale if not ``scaled``."""
     input_bits, saved, *numbers = packed
     saved = saved.peek() if isinstance(saved, Rebuild) else saved
-    if ctx.operands == "two_valued":
+    if about.operands == "two_valued":
         input_low, input_high, weight_low, weight_high = numbers
-        inputs = torch.where(_unpack_mask(input_bits, ctx.input_layout), input_high, input_low)
-        mask = _unpack_mask(saved, ctx.weight_layout)
+        inputs = torch.where(_unpack_mask(input_bits, about.input_form), input_high, input_low)
+        mask = _unpack_mask(saved, about.weight_form)
         weight = torch.where(mask, per_filter(weight_high, mask), per_filter(weight_low, mask))
         return inputs.to(dtype), weight.to(dtype)
-    inputs = unpack_bits(input_bits, *ctx.input_layout, -1.0, 1.0, dtype)
-    if ctx.operands == "real":
+    inputs = unpack_bits(input_bits, *about.input_form, -1.0, 1.0, dtype)
+    if about.operands == "real":
         return inputs, saved.to(dtype)
-    weight = unpack_bits(saved, *ctx.weight_layout, -1.0, 1.0, dtype)
-    if ctx.operands == "scaled_signs" and scaled:
+    weight = unpack_bits(saved, *about.weight_form, -1.0, 1.0, dtype)
+    if about.operands == "scaled_signs" and scaled:
         weight.mul_(per_filter(numbers[0], weight))
     return inputs, weight
 
 
-def _unpack_mask(bits: Tensor, layout: Layout) -> Tensor:
-    return unpack_bits(bits, *layout, 0.0, 1.0, torch.bool)
+def _unpack_mask(bits: Tensor, form: Form) -> Tensor:
+    return unpack_bits(bits, *form, 0.0, 1.0, torch.bool)
 
 
-def _from_integers(node: Any) -> Tensor:
-    """The product of this node of the graph, bit for bit."""
-    return _scaled(node.integers.to(node.dtype), node)
-
-
-def _recompute(node: Any) -> Tensor:
-    """The product of this node of the graph, computed once more."""
-    product = multiply(*_operands(node, node.packed, node.dtype, scaled=False), node.geometry)
-    if node.operands in _INTEGER and product.is_cuda:
+def _recompute(about: About, packed: tuple[Any, ...]) -> Tensor:
+    """The product, computed once more."""
+    product = multiply(*_operands(about, packed, about.dtype, scaled=False), about.geometry)
+    if about.operands in _INTEGER and product.is_cuda:
         product.round_()
-    return _scaled(product, node)
+    return _scaled(product, packed[2] if about.operands == "scaled_signs" else None, about.geometry)
 
 
-def _scaled(product: Tensor, node: Any) -> Tensor:
-    if node.operands != "scaled_signs":
+def _scaled(product: Tensor, scale: Tensor | None, geometry: Geometry | None) -> Tensor:
+    """The product times ``scale`` [filters], in place."""
+    if scale is None:
         return product
-    return product.mul_(_per_output(node.packed[2], product, node.geometry))
+    scale = scale.to(product.dtype)
+    return product.mul_(scale if geometry is None else scale.view(-1, 1, 1))
 
 
 def _scale(weight: Tensor) -> Tensor:
     """[filters]: the magnitude that all weights of a filter have."""
     return weight.flatten(1)[:, 0].abs()
-
-
-def _per_output(scale: Tensor, product: Tensor, geometry: Geometry | None) -> Tensor:
-    """``scale`` [filters], to be broadcast against a product."""
-    scale = scale.to(product.dtype)
-    return scale if geometry is None else scale.view(-1, 1, 1)

@@ -267,6 +267,8 @@ class CycleBNN(Binarizer):
         """In training: remember this batch's range and return it. In evaluation: the remembered one, where there is one."""
         current = torch.stack([low, high, torch.ones_like(low)]).to(self.input_range.dtype)
         if self.training:
+            # A batch that is not finite leaves nothing behind.
+            current = torch.where(current.isfinite().all(), current, self.input_range)
             self.input_range.lerp_(current, 1.0 - self.RANGE_MOMENTUM)
             return low, high
         weight = self.input_range[2] if self.correct_range_bias else torch.ones_like(low)
@@ -295,21 +297,17 @@ class CycleBNNReleased(CycleBNN):
 
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean, root of the unbiased variance plus epsilon, lowest and highest value of each row of ``x`` [n, ...]; all [n]."""
-    if cpu_kernels.usable(x):
+    rows = at_least_fp32(as_rows(x.detach()))
+    if cpu_kernels.usable(rows):
         statistics = torch.empty(4, len(x))
-        rows = as_rows(x.detach())
         arguments = cpu_kernels.arrays(
             rows, rows.view(torch.int32), EPSILON, statistics, statistics.view(torch.int32)
         )
         cpu_kernels.in_threads(cpu_kernels.row_statistics, len(x), *arguments)
         mean, deviation, low, high = statistics.unbind(0)
         return mean, deviation, low, high
-    rows = at_least_fp32(as_rows(x.detach()))
-    numel, mean = rows.shape[1], rows.mean(1)
-    # From the norm rather than torch.var, which is many times slower on CPUs.
-    centred_square = (torch.linalg.vector_norm(rows, dim=1).square() - numel * mean.square()).clamp_min(0.0)
-    deviation = (centred_square / max(1, numel - 1) + EPSILON).sqrt()
-    return mean, deviation, rows.amin(1), rows.amax(1)
+    variance, mean = torch.var_mean(rows, 1, correction=min(1, rows.shape[1] - 1))
+    return mean, (variance + EPSILON).sqrt(), rows.amin(1), rows.amax(1)
 
 
 def _sign_offset(low: Tensor, high: Tensor, bits: Tensor, *, quantized: bool) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ Nothing of this is done in a compiled graph, whose compiler decides what is kept
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from cyclebnn_dist.binary.activations import Hardtanh, Maxout, RPReLU
-from cyclebnn_dist.binary.trial import trial_forward
+from cyclebnn_dist.binary.trial import first_input, trial_forward
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 ACTIVATIONS = (Hardtanh, RPReLU, Maxout, nn.PReLU)
@@ -28,10 +29,20 @@ _OFFER, _MADE_BY = "_rebuild", "_made_by"
 
 
 class Rebuild:
-    """How to have one tensor again. What is rebuilt is kept until everyone who saved the tensor has had it."""
+    """How to have one tensor again. What is rebuilt is kept until everyone who saved the tensor has had it.
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    Args:
+        make: makes it, under the autocast that was on when this was created.
+        reads: tensors that ``make`` reads beside what it holds of its own (parameters); modifying them ends it.
+    """
+
+    def __init__(self, make: Callable[[], Tensor], *, reads: Iterable[Tensor] = ()) -> None:
         self._make = make
+        self._reads = [Kept(tensor) for tensor in reads]
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in ("cpu", "cuda")
+        ]
         self._value: Tensor | None = None
         self._waiting = 0
 
@@ -46,13 +57,37 @@ class Rebuild:
         return self.peek()
 
     def peek(self) -> Tensor:
-        """The tensor, for whoever else needs it now. It must not be modified."""
+        """The tensor, for whoever else needs it now. It must not be modified.
+
+        Raises:
+            RuntimeError: what it was made from has been modified since.
+        """
         value = self._value
         if value is None:
-            with torch.no_grad():
+            for kept in self._reads:
+                kept.take()
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                for kind, dtype, enabled in self._autocast:
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
                 value = self._make()
         self._value = value if self._waiting > 0 else None
         return value
+
+
+class Kept:
+    """A tensor as it is now: ``take`` gives it, and refuses where it has been modified, as autograd does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def take(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation between "
+                f"the forward and the backward pass: a {list(self._tensor.shape)} tensor of {self._tensor.dtype}"
+            )
+        return self._tensor
 
 
 def offer(x: Tensor, rebuild: Rebuild) -> None:
@@ -64,14 +99,17 @@ def offered(x: Tensor) -> Rebuild | None:
     """The offer ``x`` carries."""
     if torch.compiler.is_compiling():
         return None
-    rebuild, version = getattr(x, _OFFER, (None, -1))
-    return rebuild if version == x._version else None
+    found = getattr(x, _OFFER, None)
+    return found[0] if found is not None and found[1] == x._version else None
 
 
-def through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def through(
+    function: Callable[[Tensor], Tensor], x: Tensor, *, reads: Iterable[Tensor | None] = ()
+) -> Tensor:
     """``function(x)`` without keeping ``x``, where that can be had again.
 
-    ``function`` must give the same result when it is called again before the parameters change.
+    Args:
+        function: pure but for ``reads``, parameters that it reads.
     """
     rebuild = offered(x)
     if rebuild is None:
@@ -79,23 +117,28 @@ def through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with saving_instead(x, rebuild):
         y = function(x)
     if y is not x:
-        offer(y, Rebuild(lambda: function(rebuild.peek())))
+        parameters = [tensor.detach() for tensor in reads if tensor is not None]
+        offer(y, Rebuild(lambda: function(rebuild.peek()), reads=parameters))
     return y
 
 
 def saving_instead(x: Tensor, rebuild: Rebuild) -> saved_tensors_hooks:
-    """Within, whatever would save ``x`` for the backward pass saves the offer to rebuild it."""
+    """Within, whatever would save ``x`` for the backward pass saves the offer to rebuild it.
+
+    Other hooks of this kind (``save_on_cpu``, checkpoints) do not see what is saved within.
+    """
     version = x._version
     # The graph holds on to these functions, which therefore must not hold on to x.
     reference = weakref.ref(x)
 
-    def pack(saved: Tensor) -> Tensor | Rebuild:
+    def pack(saved: Tensor) -> Kept | Rebuild:
         x = reference()
         same = x is not None and x._version == version and _is_same(saved, x)
-        return rebuild.promise() if same else saved
+        # Autograd does not check by itself what hooks have packed.
+        return rebuild.promise() if same else Kept(saved)
 
-    def unpack(kept: Tensor | Rebuild) -> Tensor:
-        return kept.take() if isinstance(kept, Rebuild) else kept
+    def unpack(kept: Kept | Rebuild) -> Tensor:
+        return kept.take()
 
     return saved_tensors_hooks(pack, unpack)
 
@@ -136,12 +179,13 @@ def _followed(
 
         handles.append(layer.register_forward_hook(mark))
 
-    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.update({getattr(inputs[0], _MADE_BY)} if hasattr(inputs[0], _MADE_BY) else ())
+    def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        made_by = getattr(first_input(inputs, named), _MADE_BY, None)
+        found.update([made_by] if made_by is not None else [])
 
     for module in model.modules():
         if isinstance(module, NORMS + ACTIVATIONS):
-            handles.append(module.register_forward_pre_hook(look))
+            handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     try:
         trial_forward(model, input_size=input_size)
     finally:
@@ -167,35 +211,45 @@ class _Hooks:
         self._open: list[tuple[saved_tensors_hooks, Rebuild]] = []
 
     def register(self, module: nn.Module) -> None:
-        module.register_forward_pre_hook(self.before)
-        module.register_forward_hook(self.after, always_call=True)
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+        module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
-    def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        x = inputs[0]
+        # An interrupt may have left a forward pass in the middle.
+        self._open.clear()
+        x = first_input(inputs, named)
         rebuild = offered(x)
         if rebuild is None and self._everything and isinstance(module, NORMS):
-            kept = x.detach()
-            rebuild = Rebuild(lambda: kept)
+            rebuild = Rebuild(Kept(x.detach()).take)
         if rebuild is not None:
             hooks = saving_instead(x, rebuild)
             hooks.__enter__()
             self._open.append((hooks, rebuild))
 
-    def after(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() or not self._open:
             return
         hooks, rebuild = self._open.pop()
         hooks.__exit__()
         if self._everything and isinstance(output, Tensor) and type(module) in REPEATABLE:
-            offer(output, Rebuild(lambda: _again(module, rebuild.peek())))
+            normalizing = isinstance(module, nn.BatchNorm2d) and module.training
+            again = _batch_norm_again if normalizing else _again
+            read = [*module.parameters(), *(() if normalizing else module.buffers())]
+            offer(output, Rebuild(lambda: again(module, rebuild.peek()), reads=[x.detach() for x in read]))
+
+
+def _batch_norm_again(module: Any, x: Tensor) -> Tensor:
+    """What a batch normalization made of ``x`` in training, without moving its running statistics once more."""
+    return functional.batch_norm(x, None, None, module.weight, module.bias, training=True, eps=module.eps)
 
 
 def _again(module: nn.Module, x: Tensor) -> Tensor:
-    """What ``module`` made of ``x`` in its forward pass, without a trace of it being made again."""
-    if isinstance(module, nn.BatchNorm2d) and module.training:
-        return functional.batch_norm(x, None, None, module.weight, module.bias, training=True, eps=module.eps)
-    if getattr(module, "inplace", False):
-        x = x.clone()
-    return module.forward(x)
+    """What ``module`` made of ``x``, where its running statistics are not trained."""
+    if isinstance(module, nn.BatchNorm2d):
+        statistics = module.running_mean, module.running_var
+        return functional.batch_norm(
+            x, *statistics, module.weight, module.bias, training=False, eps=module.eps
+        )
+    return module.forward(x.clone() if getattr(module, "inplace", False) else x)

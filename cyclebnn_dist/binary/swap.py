@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import nn
 
 from cyclebnn_dist.binary.activations import (
@@ -28,7 +28,7 @@ from cyclebnn_dist.binary.rules import (
     stem_names,
 )
 from cyclebnn_dist.binary.shortcuts import add_shortcuts_, replace_stem_pool_
-from cyclebnn_dist.binary.trial import trial_forward
+from cyclebnn_dist.binary.trial import first_input, trial_forward
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig
 
@@ -215,10 +215,12 @@ def _prove(model: nn.Module, *, input_size: tuple[int, int, int]) -> tuple[str, 
     handles = []
     for name, module in binary_modules(model):
 
-        def remember(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
-            ran[name] = ran.get(name, False) or bool((inputs[0] < 0).any())
+        def remember(
+            module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], name: str = name
+        ) -> None:
+            ran[name] = ran.get(name, False) or bool((first_input(inputs, named) < 0).any())
 
-        handles.append(module.register_forward_pre_hook(remember))
+        handles.append(module.register_forward_pre_hook(remember, with_kwargs=True))
     try:
         trial_forward(model, input_size=input_size)
     finally:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,3 +43,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         for buffer, before in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(before)
+
+
+def first_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """What a module was called with, in order or by name, as its hooks see it."""
+    return inputs[0] if inputs else next(iter(named.values()))

@@ -25,7 +25,7 @@ def check_two_valued(model: nn.Module) -> None:
     for name, module in binary_modules(model):
         with evaluating(module.binarizer):
             rows = module.binarizer.binarize_weight(module.weight).flatten(1)
-        wrong = ~is_two_valued(rows)
+        wrong = ~is_two_valued(rows) | ~module.weight.flatten(1).isfinite().all(1)
         if wrong.any():
             first = int(wrong.nonzero()[0])
             values = rows[first].unique()

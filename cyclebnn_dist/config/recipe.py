@@ -89,7 +89,7 @@ class BinaryConfig:
     """What to do with the max-pool behind a ResNet's stem: keep it, average instead, or leave it out."""
     recompute: bool = False
     """Compute products of binary layers, normalizations and activations once more in the backward pass instead of
-    keeping what they give: about half the activation memory, for a third more time."""
+    keeping what they give: half the activation memory or less in ResNets, for a quarter to a half more time."""
     keep_stem: bool = True
     """Leave the first convolution real-valued."""
     keep_deep_stem: bool = False

@@ -322,6 +322,12 @@ def _check_model(recipe: Recipe) -> None:
             "stands beside model.pretrained=true",
             "there is one start: set only one of the two",
         )
+    if recipe.binary.recompute and recipe.binary.method == "none" and not recipe.binary.methods:
+        raise RecipeError(
+            "binary.recompute",
+            "true beside binary.method=none, which leaves nothing to compute again",
+            "set it to false, or choose a method",
+        )
     if recipe.model.compile and recipe.binary.recompute:
         raise RecipeError(
             "binary.recompute",

@@ -63,7 +63,7 @@ class BNext(Binarizer):
         soft = TemperedSign.apply(weight, phase)
         if self.operands == "real" and soft.requires_grad and not torch.compiler.is_compiling():
             latent = weight.detach()
-            offer(soft, Rebuild(lambda: TemperedSign.apply(latent, phase)))
+            offer(soft, Rebuild(lambda: TemperedSign.apply(latent, phase), reads=[latent]))
         return soft
 
     @classmethod
