@@ -247,3 +247,12 @@ def test_counting_changes_nothing():
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     # The model's own hooks stay, those of the count do not.
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
+
+
+def test_transposed_convolutions_multiply_once_an_input_element():
+    model = torch.nn.Sequential(
+        torch.nn.ConvTranspose2d(3, 4, 2, stride=2), torch.nn.Flatten(), torch.nn.Linear(256, 2)
+    )
+    counts = count(model, input_size=(3, 4, 4))
+    assert counts.layers[0].macs == 3 * 16 * 4 * 4
+    assert counts.flops == sum(layer.macs for layer in counts.layers)

@@ -11,8 +11,7 @@ from torch import nn
 from cyclebnn_dist.binary import METHODS, BinaryConv2d, BinaryLinear, cpu_kernels, set_progress, set_widths
 from cyclebnn_dist.binary.activations import Hardtanh
 from cyclebnn_dist.binary.bits import pack_signs
-from cyclebnn_dist.binary.functions import EPSILON
-from cyclebnn_dist.binary.quantizers import row_statistics
+from cyclebnn_dist.binary.statistics import EPSILON, row_statistics
 
 
 def run(method, kind, *, bits=4, layout=torch.contiguous_format):

@@ -16,9 +16,9 @@ from cyclebnn_dist.binary import (
     set_progress,
     set_widths,
 )
+from cyclebnn_dist.binary.binarizer import Binarizer
 from cyclebnn_dist.binary.bits import pack_bits
 from cyclebnn_dist.binary.health import PATIENCE
-from cyclebnn_dist.binary.quantizers import Binarizer
 from cyclebnn_dist.binary.signs import binary_signs, count_differences
 
 INPUTS = random_tensor(4, 3, 5, 5) * 1.5 + 0.2

@@ -9,8 +9,11 @@ from safetensors.torch import save_file
 
 from cyclebnn_dist.binary import set_widths
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig, Recipe
+from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, ModelConfig, Recipe, TrainConfig
+from cyclebnn_dist.config.validate import validate
 from cyclebnn_dist.models import build_model, summarize_recipe
+from cyclebnn_dist.models.memory import activation_bytes
+from cyclebnn_dist.models.summary import describe_recipe
 
 RESNET = ModelConfig(name="resnet18", num_classes=4)
 REAL = BinaryConfig(method="none")
@@ -150,3 +153,26 @@ def test_summary_tells_people_what_is_binary_and_why_not():
     assert lines["conv1"].endswith("real: stem")
     assert lines["layer1.0.conv1"].endswith("cyclebnn")
     assert "16 of 21 layers binary" in lines["model"]
+
+
+@pytest.mark.parametrize("amp", ["fp32", "bf16"])
+def test_activation_memory_an_image_is_that_of_large_batches(amp):
+    """What does not grow with the batch (copies of weights) is told by itself, not spread over two images."""
+    recipe = replace(
+        Recipe(),
+        model=ModelConfig(num_classes=10),
+        data=DataConfig(image_size=32),
+        train=TrainConfig(amp=amp),
+    )
+    summary = describe_recipe(recipe)
+    model, _ = build_model(recipe.model, recipe.binary, image_size=32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp == "bf16"):
+        counted = activation_bytes(model, torch.randn(24, 3, 32, 32))
+    assert counted == pytest.approx(
+        24 * summary["activation_bytes"] + summary["activation_bytes_constant"], rel=1e-3
+    )
+
+
+def test_recomputing_nothing_is_refused():
+    with pytest.raises(RecipeError, match=r"binary\.recompute"):
+        validate(replace(Recipe(), binary=BinaryConfig(method="none", recompute=True)))

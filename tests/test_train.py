@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from worlds import make_world
 
 from cyclebnn_dist import evaluate, train
-from cyclebnn_dist.binary.quantizers import CycleBNN
+from cyclebnn_dist.binary.methods import CycleBNN
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal

@@ -50,8 +50,8 @@ class LayerRow:
     """Ours to the real layer's."""
     times_faster: Ratio
     """Ours than the composed one."""
-    added_times_less: float
-    """What the composed layer adds to the real one's time, divided by what ours adds."""
+    added_times_less: float | None
+    """What the composed layer adds to the real one's time, divided by what ours adds; None where ours is not slower."""
     times_leaner: float
     """Bytes of the composed layer, divided by ours."""
     activation_bytes: int
@@ -180,11 +180,12 @@ def _bench_single_layers(*, batch: int, seconds: float, device: str) -> Iterable
             kind: [each - real for each, real in zip(times[kind], times["real"], strict=True)]
             for kind in ("ours", "composed")
         }
+        composed = statistics.median(added["composed"])
         yield LayerRow(
             layer=f"3x3, {channels} channels, {side}x{side}",
             time_ratio=ratio_to(times["ours"], times["real"]),
             times_faster=ratio_to(times["composed"], times["ours"]),
-            added_times_less=statistics.median(added["composed"]) / statistics.median(added["ours"]),
+            added_times_less=composed / ours if (ours := statistics.median(added["ours"])) > 0.0 else None,
             times_leaner=kept["composed"] / kept["ours"],
             activation_bytes=kept["ours"],
             composed_bytes=kept["composed"],
@@ -232,8 +233,9 @@ def render(result: dict[str, Any]) -> str:
     ]
     for row in result["layers"]:
         ratios = [str(Ratio(**row[key])) for key in ("time_ratio", "times_faster")]
+        less = row["added_times_less"]
+        added = "-" if less is None else f"{less:.1f}x"
         lines.append(
-            f"{row['layer']:<28}{ratios[0]:>20}{ratios[1]:>20}{row['added_times_less']:>16.1f}x"
-            f"{row['times_leaner']:>13.1f}x"
+            f"{row['layer']:<28}{ratios[0]:>20}{ratios[1]:>20}{added:>17}{row['times_leaner']:>13.1f}x"
         )
     return "\n".join(lines)

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cyclebnn_dist.binary.activations import Maxout
+from cyclebnn_dist.binary.binarizer import Binarizer
 from cyclebnn_dist.binary.conventions import CONVENTIONS
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import parameter_kinds
-from cyclebnn_dist.binary.quantizers import Binarizer
 from cyclebnn_dist.binary.rules import classifier_names, is_gate, stem_names
 from cyclebnn_dist.binary.trial import trial_forward
 

@@ -28,9 +28,6 @@ from cyclebnn_dist.binary.layouts import (
 Surrogate = Literal["clip", "polynomial"]
 """clip: the gradient passes where |x| <= 1 (BNN). polynomial: it is scaled by max(0, 2 - 2|x|) (Bi-Real)."""
 
-EPSILON = 1e-5
-"""Added to variances before their root is taken (ReCU, CycleBNN)."""
-
 
 def hard_sign(x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     """+1 where ``x + offset`` >= 0, else -1, in the dtype of ``x``.

@@ -7,8 +7,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cyclebnn_dist.binary.binarizer import METHODS, Binarizer
 from cyclebnn_dist.binary.product import Geometry, Keep, binary_product, multiply
-from cyclebnn_dist.binary.quantizers import METHODS, Binarizer
 from cyclebnn_dist.binary.rebuild import through
 from cyclebnn_dist.timm_import import timm
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from cyclebnn_dist.binary.quantizers import OFF_BITS, Binarizer
+from cyclebnn_dist.binary.binarizer import OFF_BITS, Binarizer
 from cyclebnn_dist.config.recipe import PrecisionConfig, WidthConfig
 
 

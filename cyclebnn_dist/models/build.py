@@ -62,7 +62,7 @@ def create_backbone(model: ModelConfig, *, image_size: int) -> nn.Module:
             f"timm has no model '{model.name}'",
             f"near it: {', '.join(near)}"
             if near
-            else "`python -c 'import timm; print(timm.list_models())'` lists them",
+            else "`python -c 'from cyclebnn_dist.timm_import import timm; print(timm.list_models())'` lists them",
         )
     if tag and ":" not in name:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]

@@ -25,19 +25,29 @@ def activation_bytes(model: nn.Module, images: torch.Tensor) -> int:
         return ledger.held_bytes(besides={tensor.untyped_storage().data_ptr() for tensor in own})
 
 
-def activation_bytes_per_image(model: nn.Module, *, image_size: int, amp: str, channels_last: bool) -> int:
-    """``activation_bytes`` of two images of noise, for one of them; what does not grow with the batch counts by half.
+def bytes_by_batch(
+    model: nn.Module, *, image_size: int, amp: str, channels_last: bool
+) -> tuple[float, float]:
+    """``activation_bytes`` as (bytes an image, bytes whatever the batch), from batches of two and four images of noise.
+
+    What does not grow with the batch are copies of weights: their bits, or autocast's.
 
     Args:
         amp: fp32, bf16 or fp16: the dtype of autocast.
     """
-    images = torch.randn(2, 3, image_size, image_size)
+    images = torch.randn(4, 3, image_size, image_size)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    with torch.autocast("cpu", dtype=dtype, enabled=amp != "fp32"):
-        return activation_bytes(model, images) // len(images)
+    kept = []
+    for batch in (images[:2], images):
+        # Its copies of weights last as long as the context, and are made again in the next step.
+        with torch.autocast("cpu", dtype=dtype, enabled=amp != "fp32"):
+            kept.append(activation_bytes(model, batch))
+    two, four = kept
+    per_image = (four - two) / 2
+    return per_image, two - 2 * per_image
 
 
 class Ledger(TorchDispatchMode):

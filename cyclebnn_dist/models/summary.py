@@ -9,7 +9,7 @@ from typing import Any
 from cyclebnn_dist.binary import CONVENTIONS, count
 from cyclebnn_dist.config.recipe import BinaryConfig, Recipe
 from cyclebnn_dist.models.build import build_model
-from cyclebnn_dist.models.memory import activation_bytes_per_image
+from cyclebnn_dist.models.memory import bytes_by_batch
 from cyclebnn_dist.precision import build_schedule, training_saving
 
 SCHEDULE_STEPS = 20_000
@@ -45,6 +45,7 @@ def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, 
         "channels_last": recipe.model.channels_last,
     }
     real, _ = build_model(new, BinaryConfig(method="none"), image_size=side)
+    per_image, constant = bytes_by_batch(model, **memory)
     layers = []
     for row, layer in zip(swap.rows, counts.layers, strict=True):
         assert row.name == layer.name
@@ -67,8 +68,9 @@ def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, 
         "params": counts.params,
         "binary_params": counts.binary_params,
         "size_bits": counts.size_bits,
-        "activation_bytes": activation_bytes_per_image(model, **memory),
-        "activation_bytes_real": activation_bytes_per_image(real, **memory),
+        "activation_bytes": per_image,
+        "activation_bytes_constant": constant,
+        "activation_bytes_real": bytes_by_batch(real, **memory)[0],
         "amp": recipe.train.amp,
         "recompute": recipe.binary.recompute,
         "training_saving": saving.model,
@@ -111,7 +113,7 @@ def _render(summary: dict[str, Any]) -> str:
         "convention": f"{summary['convention']}: {rule.words}",
         "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
         "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight), {full_bits / 8e6:.2f} MB in fp32",
-        "activations": f"{summary['activation_bytes'] / 1e6:.2f} MB an image kept for the backward pass "
+        "activations": f"{summary['activation_bytes'] / 1e6:.2f} MB an image kept for the backward pass, and {summary['activation_bytes_constant'] / 1e6:.2f} MB in all "
         f"({summary['amp']}, uncompiled{', recomputing' if summary['recompute'] else ''}; "
         f"the real model {summary['activation_bytes_real'] / 1e6:.2f} MB)",
         "training": f"{100 * summary['training_saving']:.1f} % of the model's operations saved, "

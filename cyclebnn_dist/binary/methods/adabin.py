@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cyclebnn_dist.binary.binarizer import Binarizer, method
 from cyclebnn_dist.binary.functions import hard_sign, surrogate_times
 from cyclebnn_dist.binary.layouts import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import filter_statistics, inner_dims
 from cyclebnn_dist.binary.methods.ede import ede_at, ede_gradient, ede_saturation
 from cyclebnn_dist.binary.product import Operands
-from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
 class BinarySetWeight(torch.autograd.Function):

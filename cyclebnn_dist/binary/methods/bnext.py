@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from cyclebnn_dist.binary.binarizer import Binarizer, method
 from cyclebnn_dist.binary.functions import BoxSign, hard_sign
 from cyclebnn_dist.binary.product import Operands
-from cyclebnn_dist.binary.quantizers import Binarizer, method
 from cyclebnn_dist.binary.rebuild import Rebuild, offer
 
 BOUND = 1.5

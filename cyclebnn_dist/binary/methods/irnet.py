@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cyclebnn_dist.binary.functions import at_least_fp32
+from cyclebnn_dist.binary.binarizer import Binarizer, method
+from cyclebnn_dist.binary.layouts import at_least_fp32
 from cyclebnn_dist.binary.methods.centred import CentredSign, filter_statistics, inner_dims
 from cyclebnn_dist.binary.methods.ede import EDESign, ede_at, ede_saturation
 from cyclebnn_dist.binary.product import Operands
-from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
 @method("irnet")

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cyclebnn_dist.binary.binarizer import Binarizer, method
 from cyclebnn_dist.binary.functions import ScaledSign, hard_sign, surrogate_times
 from cyclebnn_dist.binary.layouts import all_but, along_channels
 from cyclebnn_dist.binary.product import Operands
-from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
 class ShiftedSign(torch.autograd.Function):

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cyclebnn_dist.binary.functions import EPSILON, ScaledOutput, StandardizedSign
+from cyclebnn_dist.binary.binarizer import Binarizer, method
+from cyclebnn_dist.binary.functions import ScaledOutput, StandardizedSign
 from cyclebnn_dist.binary.layouts import as_rows, at_least_fp32, per_filter
 from cyclebnn_dist.binary.methods.centred import CentredSign, filter_statistics
-from cyclebnn_dist.binary.quantizers import Binarizer, method, row_statistics
+from cyclebnn_dist.binary.statistics import EPSILON, row_statistics
 
 
 @method("recu")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cyclebnn_dist.binary.binarizer import Binarizer, method
 from cyclebnn_dist.binary.functions import BoxSign, surrogate_gradient
 from cyclebnn_dist.binary.layouts import as_rows, per_filter
 from cyclebnn_dist.binary.product import Operands
-from cyclebnn_dist.binary.quantizers import Binarizer, method
 
 
 class XNORWeight(torch.autograd.Function):

@@ -7,8 +7,9 @@ import torch
 from equations import polynomial, random_tensor, signs, straight_through
 from torch import nn
 
+from cyclebnn_dist.binary import METHODS
 from cyclebnn_dist.binary.functions import hard_sign, quantize_stochastically, uniform_like
-from cyclebnn_dist.binary.quantizers import METHODS, NOISE_SIZE, CycleBNN
+from cyclebnn_dist.binary.methods.cyclebnn import NOISE_SIZE, CycleBNN
 from cyclebnn_dist.binary.widths import set_widths
 
 EDGES = [-2.0, -1.0 - 1e-9, -1.0, -0.6, -1e-300, -0.0, 0.0, 1e-300, 0.25, 1.0, 1.0 + 1e-9, 3.0]
