@@ -33,7 +33,7 @@ from cyclebnn_dist.bench.gradients import (
     relative_error,
     resnet50_shapes,
 )
-from cyclebnn_dist.bench.local_ranks import launch_ranks
+from cyclebnn_dist.bench.local_ranks import free_port, launch_ranks
 from cyclebnn_dist.bench.paired import ratio_over_launches
 from cyclebnn_dist.bench.variants import all_variants, choose_variants
 from cyclebnn_dist.comm import build_reducer, reducer
@@ -221,9 +221,9 @@ def test_local_ranks_over_loopback(capsys, tmp_path):
     assert (tmp_path / "comm.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ranks_of_torchrun_are_measured_as_they_are(tmp_path):
-    port = "29717"
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def test_ranks_of_torchrun_are_measured_as_they_are():
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "WORLD_SIZE": "2", **meeting}
     ranks = [
         subprocess.Popen(
             command(*SMALL, "--launches", "2", "--json"),
@@ -249,6 +249,7 @@ def test_ranks_of_torchrun_are_measured_as_they_are(tmp_path):
         ([], "nothing says which network"),
         (["--rate", "1gbit", "--unshaped"], "there can be only one"),
         (["--unshaped", "--ranks", "1"], "--ranks: 1 cannot exchange"),
+        (["--unshaped", "--ranks", "0"], "--ranks: 0 cannot exchange"),
         (["--unshaped", "--numel", "100"], "--numel: 100 is too small"),
         (["--unshaped", "--launches", "0"], "--launches: 0 is not possible"),
         (["--unshaped", "--seconds", "-1"], "--seconds: -1 is not possible"),

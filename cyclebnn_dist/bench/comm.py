@@ -68,7 +68,7 @@ def bench_comm(
     world = discover_world()
     if world.source == "alone":
         described, measured = _on_this_machine(
-            settings, seconds=seconds, ranks=ranks or 4, rate=rate, unshaped=unshaped
+            settings, seconds=seconds, ranks=4 if ranks is None else ranks, rate=rate, unshaped=unshaped
         )
     elif ranks is not None or rate is not None or unshaped:
         raise RecipeError(

@@ -125,7 +125,7 @@ def measure_launch(world: World, settings: Settings) -> dict[str, Any]:
     Returns:
         ``link_bytes_per_second``, ``rounds``, and for each of ``variants``: ``seconds`` of each round (the slowest rank's),
         ``sent_bytes`` (the largest rank's), ``nic_bytes`` (or None), ``nmse``, ``codec_seconds`` (the slowest rank's),
-        ``codec_core_seconds`` (the mean), and ``parts``: seconds of an all-reduce by the reducer's own counters.
+        ``codec_core_seconds`` (the mean; none on GPUs), and ``parts``: seconds of an all-reduce by the reducer's own counters.
     """
     rate = link_rate(world)
     variants = choose_variants(settings.variants)
@@ -162,7 +162,9 @@ def measure_launch(world: World, settings: Settings) -> dict[str, Any]:
         "variants": {
             variant.name: {
                 **_merge([ours[variant.name] for ours, _ in everyone]),
-                **_merge_codec([ours.get(variant.name) for _, ours in everyone]),
+                **_merge_codec(
+                    [ours.get(variant.name) for _, ours in everyone], on_cores=world.device.type == "cpu"
+                ),
                 "nmse": errors[variant.name],
             }
             for variant in variants
@@ -236,11 +238,11 @@ def _merge(ranks: list[list[dict[str, float]]]) -> dict[str, Any]:
     }
 
 
-def _merge_codec(ranks: list[list[tuple[float, float]] | None]) -> dict[str, Any]:
+def _merge_codec(ranks: list[list[tuple[float, float]] | None], *, on_cores: bool) -> dict[str, Any]:
     """One variant's codec times ``[rank][repeat]``, over ranks."""
     measured = [rank for rank in ranks if rank is not None]
     repeats = list(zip(*measured, strict=True))
     return {
         "codec_seconds": [max(clock for clock, _ in each) for each in repeats],
-        "codec_core_seconds": [sum(core for _, core in each) / len(each) for each in repeats],
+        "codec_core_seconds": [sum(core for _, core in each) / len(each) for each in repeats if on_cores],
     }

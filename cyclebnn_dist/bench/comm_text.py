@@ -42,7 +42,7 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
         f"baselines    fp32 is {names['fp32']}, 16 bit {names['16bit']}, the fastest measured; torch_: torch's own; "
         f"{', '.join(_times_wire(row) for row in result['variants'] if row['bits'] > 8)} times their wire's time"
     )
-    speeds = [row["codec_bytes_per_core_second"] / 1e9 for row in _widths(result)]
+    speeds = [each / 1e9 for row in _widths(result) if (each := row["codec_bytes_per_core_second"])]
     if speeds:
         lines.append(
             f"codec        {min(speeds):.2f} to {max(speeds):.2f} GB of fp32 a second and core over all widths"

@@ -32,7 +32,7 @@ def launch_ranks(settings: Settings, *, ranks: int, network: ShapedNetwork | Non
     """
     with tempfile.TemporaryDirectory(prefix="cyclebnn-") as folder:
         result = Path(folder) / "result.json"
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port() if network is None else PORT)}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port() if network is None else PORT)}
         if network is not None:
             meeting["MASTER_ADDR"] = network.addresses[0]
         processes: list[subprocess.Popen[str]] = []
@@ -93,7 +93,8 @@ def _wait(processes: list[subprocess.Popen[str]], logs: list[Path]) -> None:
                 )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
