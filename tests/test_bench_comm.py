@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -289,31 +289,38 @@ def test_the_ranks_of_torchrun_bring_their_own_network(capsys, monkeypatch):
 def test_a_failing_rank_is_named_with_what_it_said():
     with pytest.raises(RuntimeError, match=r"rank \d of 2 ended with status 1(.|\n)*no variant 'q99'"):
         launch_ranks(settings_of("q99"), ranks=2, network=None)
-    assert not [
-        p for p in psutil.Process().children(recursive=True) if "cyclebnn_dist.bench.rank" in p.cmdline()
-    ]
+    assert rank_processes(os.getpid()) == []
 
 
-def test_ranks_end_when_the_command_is_killed():
+@contextmanager
+def started(folder, *arguments):
+    """The command as a process of its own, and its ranks once they all are there; nothing of it outlives the test."""
     process = subprocess.Popen(
-        command("--ranks", "2", "--unshaped", "--numel", "5000000"), cwd=ROOT, stderr=subprocess.DEVNULL
+        command(*arguments), cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
     )
-    ranks = rank_processes(process.pid, 2)
-    process.kill()
-    process.wait()
-    assert wait_until(lambda: not any(running(each) for each in ranks), seconds=20)
+    try:
+        assert wait_until(lambda: len(rank_processes(process.pid)) == 2, seconds=60)
+        yield process, rank_processes(process.pid)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
 
 
-def rank_processes(pid, number):
-    """The rank processes below ``pid``, once there are as many as there should be."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        children = psutil.Process(pid).children(recursive=True)
-        found = [each for each in children if "cyclebnn_dist.bench.rank" in each.cmdline()]
-        if len(found) == number:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"no {number} ranks below {pid}")
+def rank_processes(pid):
+    """Rank processes below ``pid``."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ip and tc come and go
+            if "cyclebnn_dist.bench.rank" in child.cmdline():
+                found.append(child)
+    return found
+
+
+def test_ranks_end_when_the_command_is_killed(tmp_path):
+    with started(tmp_path, "--ranks", "2", "--unshaped", "--numel", "5000000") as (process, ranks):
+        process.kill()
+        process.wait()
+        assert wait_until(lambda: not any(running(each) for each in ranks), seconds=30)
 
 
 def running(process):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import wait_until
-from test_bench_comm import SMALL, check_result, command, rank_processes, running
+from test_bench_comm import SMALL, check_result, command, running, started
 
 from cyclebnn_dist.bench import namespaces
 from cyclebnn_dist.bench.namespaces import SEARCHED, shaped_networks
@@ -112,21 +112,18 @@ def test_nothing_is_left_of_half_a_network(monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_nothing_is_left_after_a_signal(number, status):
-    process = subprocess.Popen(
-        command("--ranks", "2", "--rate", "100mbit", "--numel", "5000000"),
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-    )
-    ranks = rank_processes(process.pid, 2)
-    assert len(ours(process.pid)) == 3
-    process.send_signal(number)
-    assert process.wait(timeout=30) == status
-    assert ours(process.pid) == []
-    assert wait_until(lambda: not any(running(each) for each in ranks), seconds=10)
+def test_nothing_is_left_after_a_signal(number, status, tmp_path):
+    arguments = ("--ranks", "2", "--rate", "100mbit", "--numel", "5000000")
+    with started(tmp_path, *arguments) as (process, ranks):
+        assert len(ours(process.pid)) == 3
+        process.send_signal(number)
+        assert process.wait(timeout=60) == status
+        assert ours(process.pid) == []
+        assert wait_until(lambda: not any(running(each) for each in ranks), seconds=10)
+        assert list(tmp_path.iterdir()) == []
 
 
-def test_bytes_on_the_interface_are_those_the_ranks_count(capsys):
+def test_bytes_on_the_interface_are_those_the_ranks_count():
     arguments = ["--ranks", "2", "--rate", "1gbit", *SMALL, "--numel", "1000000", "--launches", "1", "--json"]
     done = subprocess.run(
         command(*arguments), cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
