@@ -390,6 +390,7 @@ def row(name, seconds, *, speedup_low, nmse=0.01):
 def advised(*widths, half_pays=True):
     wide = [row("fp32", 2.0, speedup_low=1.0), row("bf16", 1.0, speedup_low=1.9 if half_pays else 0.9)]
     advice = advise([*wide, *widths], {"fp32": "fp32", "16bit": "bf16"})
+    assert advice["why"]
     return advice["mode"], advice["low"], advice["high"]
 
 

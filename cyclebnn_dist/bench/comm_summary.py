@@ -134,11 +134,14 @@ def advise(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, str]) -> d
             "why": "no width measured is faster than 16 bits beyond doubt"
             + (", which are faster than 32" if half else ", nor are those faster than 32"),
         }
-    low, why = paying[0], f"narrower ones would not save {100 * (1 - WORTH):.0f} % of the time more"
-    for row in widths[widths.index(paying[0]) + 1 :]:
+    low, narrower = paying[0], widths[widths.index(paying[0]) + 1 :]
+    why = f"narrower ones would not save {100 * (1 - WORTH):.0f} % of the time more"
+    for row in narrower:
         if row["nmse"] >= MOST_ERROR:
             why = f"at {row['bits']} bits the mean would err by {row['nmse']:.2g} of its square"
             break
         if row["median_seconds"] <= WORTH * low["median_seconds"]:
             low = row
+    if low is widths[-1]:
+        why = "narrower ones were not measured"
     return {"mode": "quantized", "low": low["bits"], "high": paying[0]["bits"], "why": why}
