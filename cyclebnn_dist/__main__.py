@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         lambda options: options.run_bench(options),
         "measure on this machine what the project claims",
-        "  cyclebnn bench layers",
+        "  cyclebnn bench layers\n  cyclebnn bench comm --ranks 4 --rate 1gbit",
     )
     _add_bench_commands(bench)
 
@@ -169,6 +170,43 @@ def _add_bench_commands(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
     )
     layers.add_argument("--json", action="store_true", help="print one JSON object")
+
+    comm = commands.add_parser(
+        "comm",
+        help="time, bytes and error of the gradient all-reduce at every width",
+        description="Average the gradients of a ResNet-50 at 32, 16 and 8 to 1 bits, with plain codecs, with error "
+        "feedback and with torch's own all-reduce, in turn: seconds, bytes sent, error, ratios with 95 % intervals, "
+        "what the wire and the codec alone would take, and the widths that pay on this network. Under torchrun or srun "
+        "it measures the network between their ranks.",
+        epilog="examples:\n  sudo cyclebnn bench comm --ranks 4 --rate 1gbit --plot comm.png\n"
+        "  cyclebnn bench comm --ranks 2 --unshaped --seconds 60 --json\n"
+        "  cyclebnn bench comm --ranks 2 --unshaped --variants torch_fp32 q4 q2\n"
+        "  srun --ntasks-per-node 1 cyclebnn bench comm\n"
+        "  torchrun --nnodes 2 --nproc-per-node 1 ... -m cyclebnn_dist bench comm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comm.set_defaults(run_bench=_bench_comm)
+    comm.add_argument("--ranks", type=int, help="processes to start on this machine (default: 4)")
+    comm.add_argument(
+        "--rate", help="give each a network whose link has this rate, e.g. 1gbit, 100mbit; needs root"
+    )
+    comm.add_argument("--unshaped", action="store_true", help="let them meet on this machine's loopback")
+    comm.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="which ones (default: all); fp32 and bf16 always run"
+    )
+    comm.add_argument(
+        "--numel", type=int, default=25_557_032, help="gradients (default: a ResNet-50's, 25557032)"
+    )
+    comm.add_argument(
+        "--bucket-mb",
+        type=float,
+        default=25.0,
+        help="size of a bucket in MiB, as engine.bucket_mb (default: 25)",
+    )
+    comm.add_argument("--launches", type=int, default=3, help="how often to start anew (default: 3)")
+    comm.add_argument("--seconds", type=float, default=600.0, help="about how long to measure (default: 600)")
+    comm.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
+    comm.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_data_commands(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +282,34 @@ def _bench_layers(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(json.dumps(result) if options.json else render(result))
+    return 0
+
+
+def _bench_comm(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.bench.comm import bench_comm
+    from cyclebnn_dist.bench.comm_plot import check_plot, plot_comm
+    from cyclebnn_dist.bench.comm_text import render_comm
+
+    if options.plot:
+        check_plot(options.plot)
+    try:
+        result = bench_comm(
+            ranks=options.ranks,
+            rate=options.rate,
+            unshaped=options.unshaped,
+            variants=options.variants,
+            numel=options.numel,
+            bucket_mb=options.bucket_mb,
+            launches=options.launches,
+            seconds=options.seconds,
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if result is not None:
+        print(json.dumps(result) if options.json else render_comm(result))
+        if options.plot:
+            plot_comm(result, options.plot)
     return 0
 
 

@@ -63,3 +63,28 @@ def ratio_to(times: Sequence[float], baseline: Sequence[float]) -> Ratio:
     return Ratio(
         statistics.median(ratios), medians[round(0.025 * RESAMPLES)], medians[round(0.975 * RESAMPLES) - 1]
     )
+
+
+def ratio_over_launches(times: Sequence[Sequence[float]], baseline: Sequence[Sequence[float]]) -> Ratio:
+    """``ratio_to`` for rounds ``[launch][round]``; launches are drawn anew first and then rounds within each.
+
+    Processes differ from one start to the next more than rounds within one do.
+    """
+    ratios = [
+        [ours / theirs for ours, theirs in zip(*launch, strict=True)]
+        for launch in zip(times, baseline, strict=True)
+    ]
+    generator = random.Random(0)
+
+    def resampled_median() -> float:
+        launches = generator.choices(ratios, k=len(ratios))
+        return statistics.median(
+            ratio for launch in launches for ratio in generator.choices(launch, k=len(launch))
+        )
+
+    medians = sorted(resampled_median() for _ in range(RESAMPLES))
+    return Ratio(
+        statistics.median(ratio for launch in ratios for ratio in launch),
+        medians[round(0.025 * RESAMPLES)],
+        medians[round(0.975 * RESAMPLES) - 1],
+    )

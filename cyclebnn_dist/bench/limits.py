@@ -1,0 +1,111 @@
+"""The limits of an all-reduce: how fast the network carries bytes, and how fast these cores encode and decode them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cyclebnn_dist.comm import reducer as reducer_module
+from cyclebnn_dist.world import World, gather_objects
+
+FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
+
+
+def link_rate(world: World, *, seconds: float = 1.0) -> float:
+    """Collective: every rank calls this. Bytes a second that a rank sends while all send to all and receive as much.
+
+    Every rank posts one message to and from every peer at once and waits for all of them, which fills both directions
+    of a link; the amount grows until it takes about ``seconds``. The slowest rank counts.
+    """
+    peers = [rank for rank in range(world.size) if rank != world.rank]
+    sent, slowest = FIRST_BYTES, _exchange_bytes(world, peers, FIRST_BYTES)
+    while slowest < 0.5 * seconds and sent < MOST_BYTES:
+        sent = int(min(MOST_BYTES, sent * min(8.0, max(2.0, seconds / slowest))))
+        slowest = _exchange_bytes(world, peers, sent)
+    return sent // len(peers) * len(peers) / slowest
+
+
+def _exchange_bytes(world: World, peers: Sequence[int], sent: int) -> float:
+    """Seconds that the slowest rank took to send ``sent`` bytes, divided evenly over its peers."""
+    size = sent // len(peers)
+    outgoing = torch.zeros(size, dtype=torch.uint8, device=world.device)
+    incoming = [torch.zeros(size, dtype=torch.uint8, device=world.device) for _ in peers]
+    dist.barrier(group=world.control)
+    begun = time.perf_counter()
+    operations = [dist.P2POp(dist.irecv, each, peer) for each, peer in zip(incoming, peers, strict=True)] + [
+        dist.P2POp(dist.isend, outgoing, peer) for peer in peers
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    wait_for_device(world.device)
+    return max(gather_objects(world, time.perf_counter() - begun))
+
+
+@dataclass
+class Silence:
+    """Seconds that copying took in place of sending: of the clock, and of the copying thread's core."""
+
+    copy_seconds: float = 0.0
+    copy_core_seconds: float = 0.0
+
+
+@contextmanager
+def silent_network() -> Iterator[Silence]:
+    """Let every reducer of this process exchange with itself: it gets its own messages back, as if all ranks had sent them.
+
+    What remains of an all-reduce is the work of its codec. Values are meaningless.
+    """
+    silence = Silence()
+    transport = reducer_module.to_owners, reducer_module.to_everyone
+
+    @contextmanager
+    def copying() -> Iterator[None]:
+        clock, core = time.perf_counter(), time.thread_time()
+        yield
+        silence.copy_seconds += time.perf_counter() - clock
+        silence.copy_core_seconds += time.thread_time() - core
+
+    def to_owners(
+        outgoing: torch.Tensor, incoming: torch.Tensor, *, sizes: Sequence[int], rank: int, group: object
+    ) -> int:
+        with copying():
+            own = sum(sizes[:rank])
+            incoming.view(len(sizes), -1).copy_(outgoing[own : own + sizes[rank]])
+        return 0
+
+    def to_everyone(message: torch.Tensor, incoming: torch.Tensor, *, group: object) -> int:
+        with copying():
+            incoming.view(-1, len(message)).copy_(message)
+        return 0
+
+    reducer_module.to_owners, reducer_module.to_everyone = to_owners, to_everyone  # type: ignore[assignment]
+    try:
+        yield silence
+    finally:
+        reducer_module.to_owners, reducer_module.to_everyone = transport
+
+
+def codec_seconds(world: World, reduce: Callable[[], None]) -> tuple[float, float]:
+    """Collective: every rank calls this. What ``reduce`` takes without a network, on all ranks at once.
+
+    Returns:
+        seconds of this rank by the clock, and of all its cores together; copying in place of sending is not counted.
+    """
+    dist.barrier(group=world.control)
+    with silent_network() as silence:
+        clock, core = time.perf_counter(), time.process_time()
+        reduce()
+        wait_for_device(world.device)
+        clock, core = time.perf_counter() - clock, time.process_time() - core
+    return clock - silence.copy_seconds, core - silence.copy_core_seconds
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Return when everything that was enqueued on a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
