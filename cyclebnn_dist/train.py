@@ -286,7 +286,9 @@ def announce(run: Run) -> None:
         run.run_dir,
     )
     if run.journal:
-        run.journal.write({"event": "start", "step": run.step, "ranks": run.world.size})
+        run.journal.write(
+            {"event": "start", "step": run.step, "ranks": run.world.size, "comm_mode": run.comm_mode}
+        )
 
 
 def leave_preempted(run: Run) -> int:

@@ -2,18 +2,19 @@
 
 import json
 import logging
-import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from launching import TINY_RECIPE
+from links import slow_link
 from safetensors.torch import load_file
 from test_train import newest, run, stop_at
 from worlds import make_world
 
 from cyclebnn_dist import train
 from cyclebnn_dist.checkpoint import read_meta
-from cyclebnn_dist.comm import build_layout, build_reducer, measure, transport, verdict
+from cyclebnn_dist.comm import build_layout, build_reducer, measure, verdict
 from cyclebnn_dist.comm.breakeven import CodecCost, Link
 from cyclebnn_dist.comm.verdict import Verdict, judge, measure_and_judge
 from cyclebnn_dist.config.recipe import CommConfig
@@ -69,27 +70,9 @@ def test_a_verdict_survives_json():
     assert Verdict.from_state(json.loads(json.dumps(found.state_dict()))) == found
 
 
-def slow_link(bytes_per_second):
-    """Put a link that everything waits for below the transport; returns what takes it away again."""
-    exchange, gather = transport.dist.all_to_all_single, transport._all_gather
-
-    def slow_exchange(output, input_, **others):
-        exchange(output, input_, **others)
-        time.sleep(input_.numel() / 2 / bytes_per_second)
-
-    def slow_gather(output, input_, group):
-        gather(output, input_, group=group)
-        time.sleep(input_.numel() / bytes_per_second)
-
-    def restore():
-        transport.dist.all_to_all_single, transport._all_gather = exchange, gather
-
-    transport.dist.all_to_all_single, transport._all_gather = slow_exchange, slow_gather
-    return restore
-
-
+@contextmanager
 def slow_codec():
-    """Codes that take a hundred times what casts do; returns what takes it away again."""
+    """Within it, codes take a hundred times what casts do."""
     measured = measure._pass_seconds
 
     def slow(codec, flat, *, bits):
@@ -97,11 +80,10 @@ def slow_codec():
         return parts if bits > 8 else tuple(part + 0.3 for part in parts)
 
     measure._pass_seconds = slow
-
-    def restore():
+    try:
+        yield
+    finally:
         measure._pass_seconds = measured
-
-    return restore
 
 
 def measure_for_real(rank, n, slowed):
@@ -115,12 +97,9 @@ def measure_for_real(rank, n, slowed):
         seed=1,
         device=torch.device("cpu"),
     )
-    restore = slow_link(2e6) if slowed == "link" else slow_codec()
-    try:
+    with slow_link(2e6, rank=rank) if slowed == "link" else slow_codec():
         found = measure_and_judge(reducer, WIDTHS, world=world, bucket_mb=25.0)
-    finally:
-        restore()
-        reducer.close()
+    reducer.close()
     return found, torch.equal(before, torch.get_rng_state())
 
 

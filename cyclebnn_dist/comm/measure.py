@@ -19,7 +19,7 @@ from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.pieces import Pieces, piece_bytes
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
 
-ELEMENTS = {"cpu": 2**19, "cuda": 2**22}
+ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
 """How much is encoded at once: on a CPU more than its caches hold, on a GPU enough to fill it."""
 REPEATS = 3
 
@@ -48,10 +48,10 @@ def measure_codec(
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(numel, generator=generator).to(device)
     widths = list(widths)
+    # In turn, so that what else the machine does falls on all alike; the first time compiles and fetches memory.
+    rounds = [[_pass_seconds(codec, flat, bits=bits) for bits in widths] for _ in range(REPEATS + 1)][1:]
     found: list[float] = []
-    for bits in widths:
-        # The first repetition fetches memory and compiles what is not compiled.
-        repeats = [_pass_seconds(codec, flat, bits=bits) for _ in range(REPEATS + 1)][1:]
+    for bits, *repeats in zip(widths, *rounds, strict=True):
         encode, add, again, decode = (median(parts) for parts in zip(*repeats, strict=True))
         element, owned = encode + add + decode, again
         if not codec.unbiased:  # error feedback decodes a rank's own messages, too, and rotates its own mean
@@ -102,7 +102,7 @@ def measure_link(
 
 
 def _pass_seconds(codec: Codec, flat: torch.Tensor, *, bits: int) -> tuple[float, float, float, float]:
-    """Seconds to encode ``flat``, to add it to a sum, to encode the sum, and to decode it."""
+    """Seconds to encode ``flat``, to add it to a sum, to make a mean of the sum and encode it, and to decode it."""
     pieces, message = _one_message(len(flat), size=codec.block_size, bits=bits, device=flat.device)
     rows = torch.zeros(len(pieces), codec.block_size, device=flat.device)
     decoded = torch.empty_like(flat)
@@ -112,6 +112,7 @@ def _pass_seconds(codec: Codec, flat: torch.Tensor, *, bits: int) -> tuple[float
     times.append(_now(flat.device))
     codec.add_pieces(message, pieces, rows, bits=bits)
     times.append(_now(flat.device))
+    rows.div_(2)
     codec.encode_pieces(rows.view(-1), pieces, message, bits=bits, words=words, phase=2, rotated=True)
     times.append(_now(flat.device))
     codec.decode_pieces(message, pieces, decoded, bits=bits, words=words)

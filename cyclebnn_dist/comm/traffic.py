@@ -110,14 +110,9 @@ def _elements(parameter: ParameterLayout) -> np.ndarray:
 
     Every unit is a whole block but the last, which the last rank that owns any has.
     """
-    size = parameter.block_size
+    size, world_size = parameter.block_size, parameter.world_size
     elements = size * _units(parameter)
-    missing = parameter.num_units * size - parameter.numel
-    if missing:
-        last = next(
-            rank
-            for rank in range(parameter.world_size)
-            if parameter.owned_units(rank).stop == parameter.num_units and parameter.owned_units(rank)
-        )
-        elements[last] -= missing
+    if parameter.num_units:
+        last = (min(parameter.num_units, world_size) - 1 + parameter.index) % world_size
+        elements[last] -= parameter.num_units * size - parameter.numel
     return elements
