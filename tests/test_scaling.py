@@ -1,5 +1,6 @@
 """The scaling model. Without these a user would rent a cluster by numbers that no cluster has."""
 
+import json
 import time
 from collections import Counter
 from dataclasses import replace
@@ -161,6 +162,16 @@ def test_computing_is_measured_where_it_is_not_given(recipe, tmp_path, capsys):
     assert "with 2 images a pass" in text
     assert "A prediction, not a measurement" in text
     assert text.count("schedule ") >= 2
+    assert (
+        main([*arguments, "--compute-seconds", "0.2", "--codec", "3", "--network", "100mbit", "--json"]) == 0
+    )
+    described = json.loads(capsys.readouterr().out)
+    assert [(row["nodes"], row["ranks"]) for row in described["rows"]] == [(1, 2), (2, 4)]
+    for row in described["rows"]:
+        for mode in row["modes"].values():
+            assert mode["step_seconds"] == pytest.approx(0.2 + mode["exposed_seconds"])
+            assert mode["efficiency"] == pytest.approx(0.2 / mode["step_seconds"])
+            assert mode["sent_bytes"] == pytest.approx(9 * mode["sent_bytes_per_step"])
 
 
 SHAPE, BUCKETS = (256, 256), 4

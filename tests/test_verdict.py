@@ -17,6 +17,7 @@ from cyclebnn_dist.checkpoint import read_meta
 from cyclebnn_dist.comm import build_layout, build_reducer, measure, verdict
 from cyclebnn_dist.comm.breakeven import CodecCost, Link
 from cyclebnn_dist.comm.verdict import Verdict, judge, measure_and_judge
+from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import CommConfig
 
 WIDTHS = {2: 30, 4: 20, 8: 50}
@@ -68,6 +69,11 @@ def test_a_verdict_survives_json():
     assert found.pays_below == {"fp32": None, "bf16": None}
     assert "at any rate against fp32" in found.explain()
     assert Verdict.from_state(json.loads(json.dumps(found.state_dict()))) == found
+
+
+def test_a_verdict_that_cannot_be_read_is_told_and_not_measured_over():
+    with pytest.raises(RecipeError, match="in a form this version cannot read"):
+        Verdict.from_state({"mode": "bf16", "world_size": 2})
 
 
 @contextmanager

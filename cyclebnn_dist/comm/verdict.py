@@ -22,6 +22,7 @@ from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.measure import measure_codec, measure_link
 from cyclebnn_dist.comm.reducer import Reducer
 from cyclebnn_dist.comm.traffic import assumed_buckets, bucket_loads
+from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.world import World, largest_over_ranks, on_main
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,23 @@ class Verdict:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Verdict:
-        """Raises TypeError for what ``state_dict`` did not give."""
-        return cls(**state)
+        """Take what ``state_dict`` gave.
+
+        Raises:
+            RecipeError: for what it did not give.
+        """
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise RecipeError(
+                "comm.mode",
+                f"what auto took is kept with the run in a form this version cannot read ({error})",
+                "go on with the version that wrote it, or start afresh with another run.dir",
+            ) from None
 
     def explain(self) -> str:
         """One line: the mode, and why."""
-        times = ", ".join(f"{1e3 * self.seconds[mode]:.3g} ms {_AS[mode]}" for mode in _AS)
+        times = ", ".join(f"{readable_seconds(self.seconds[mode])} {_AS[mode]}" for mode in _AS)
         codec = ", ".join(f"{1e9 * self.codec_seconds[mode] / self.elements:.2g} {_AS[mode]}" for mode in _AS)
         return (
             f"{self.mode}: averaging {self.elements / 1e6:.3g} million gradients over {self.world_size} ranks takes "
@@ -181,6 +193,11 @@ def settle(
     verdict = measure()
     log.info("comm.mode=auto takes %s", verdict.explain())
     return verdict
+
+
+def readable_seconds(seconds: float) -> str:
+    """In seconds, or milliseconds below one."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def readable_rate(bytes_per_second: float) -> str:

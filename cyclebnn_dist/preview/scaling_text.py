@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from cyclebnn_dist.comm.verdict import readable_rate
+from cyclebnn_dist.comm.verdict import readable_rate, readable_seconds
 from cyclebnn_dist.report import readable_size
 
 WIDTH = 110
@@ -17,7 +17,7 @@ def render_scaling(described: dict[str, Any]) -> str:
     lines = [
         f"{described['gradients'] / 1e6:.3g} million gradients in {described['buckets']} buckets; "
         f"{described['steps']} steps ({described['steps_known_from']}), mean {described['mean_bits']:.2f} bits",
-        f"compute    {_seconds(described['compute_seconds'])} a step and rank, {_compute_source(described)}",
+        f"compute    {readable_seconds(described['compute_seconds'])} a step and rank, {_compute_source(described)}",
         f"codec      {_codec(described)}",
         f"network    {readable_rate(first['network_bytes_per_second'])} a node, ranks of a node: "
         f"{first['gpus_per_node']}; {readable_size(first['intra_bytes_per_second'])}/s a rank within it; "
@@ -30,17 +30,13 @@ def render_scaling(described: dict[str, Any]) -> str:
         places = [f"{row['nodes']:>6} {row['ranks']:>6}", " " * 13, " " * 13]
         for place, (name, mode) in zip(places, row["modes"].items(), strict=True):
             lines.append(
-                f"{place}  {name:<9} {_seconds(mode['step_seconds']):>9} {_seconds(mode['exposed_seconds']):>9} "
+                f"{place}  {name:<9} {readable_seconds(mode['step_seconds']):>9} {readable_seconds(mode['exposed_seconds']):>9} "
                 f"{100 * mode['efficiency']:>8.1f} %  {_sent(mode)}"
             )
     lines += ["", "A prediction, not a measurement:"]
     for text in described["assumptions"]:
         lines += textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
     return "\n".join(lines)
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _sent(mode: dict[str, float]) -> str:
