@@ -103,16 +103,50 @@ def build_parser() -> argparse.ArgumentParser:
         "  cyclebnn schedule recipes/quickstart.yaml precision.forward.shape=triangular --steps 5000 --json",
     )
     _add_recipe(schedule)
-    schedule.add_argument("--images", type=int, help="number of training images, where data.path is not here")
-    schedule.add_argument(
-        "--steps", type=int, help="optimizer steps of the whole run, instead of counting images"
-    )
-    schedule.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch")
+    _add_length(schedule)
     schedule.add_argument(
         "--ranks", type=int, default=2, help="ranks that bytes are counted for (default: 2)"
     )
     schedule.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
     schedule.add_argument("--json", action="store_true", help="print one JSON object")
+
+    plan = command(
+        "plan",
+        _plan,
+        "how a recipe scales: step time, exposed communication, efficiency and bytes on clusters of any size",
+        "  cyclebnn plan recipes/quickstart.yaml --nodes 1,2,4 --gpus-per-node 1 --network 1gbit\n"
+        "  cyclebnn plan recipes/imagenet_resnet18.yaml --nodes 1,2,8,64,512 --network 100gbit --intra nvlink \\\n"
+        "      --compute-seconds 0.12 --codec 200 --images 1281167",
+    )
+    _add_recipe(plan)
+    plan.add_argument("--nodes", default="1,2,8,64,512", help="numbers of nodes (default: 1,2,8,64,512)")
+    plan.add_argument(
+        "--network",
+        default="100gbit",
+        help="a node's link in each direction: 100gbit, 25gbit, 1gbit, 100mbit ... or bytes a second (default: 100gbit)",
+    )
+    plan.add_argument(
+        "--intra",
+        default="nvlink",
+        help="from one rank to the others of its node: nvlink, pcie, or as --network (default: nvlink)",
+    )
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="ranks of a node (default: 8)")
+    plan.add_argument(
+        "--message-us", type=float, default=10.0, help="latency of one message in microseconds (default: 10)"
+    )
+    plan.add_argument(
+        "--compute-seconds",
+        default="measured",
+        help="forward and backward passes of one rank and step, or measured: on this machine (default)",
+    )
+    plan.add_argument("--batch", type=int, help="images of a rank and pass to measure with")
+    plan.add_argument(
+        "--codec",
+        default="measured",
+        help="GB of fp32 gradients a second that a rank encodes and decodes, or measured: on this machine (default)",
+    )
+    _add_length(plan)
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
 
     config = command(
         "config",
@@ -143,6 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=int, help="number of training images, where data.path is not here")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps of the whole run, instead of counting images"
+    )
+    parser.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch")
 
 
 def _add_bench_commands(parser: argparse.ArgumentParser) -> None:
@@ -267,6 +309,39 @@ def _schedule(options: argparse.Namespace) -> int:
         from cyclebnn_dist.preview.plot import plot_preview
 
         plot_preview(described, options.plot, title=str(options.recipe))
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    recipe = load_recipe(options.recipe, options.overrides)
+    from cyclebnn_dist.preview import run_length
+    from cyclebnn_dist.preview.cluster import parse_clusters, parse_positive
+    from cyclebnn_dist.preview.scaling import plan_scaling
+    from cyclebnn_dist.preview.scaling_text import render_scaling
+
+    clusters = parse_clusters(
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        network=options.network,
+        intra=options.intra,
+        message_us=options.message_us,
+    )
+    compute, codec = (
+        None if given == "measured" else parse_positive(flag, given)
+        for flag, given in (("--compute-seconds", options.compute_seconds), ("--codec", options.codec))
+    )
+    length = run_length(
+        recipe, images=options.images, steps=options.steps, epoch_steps=options.steps_per_epoch
+    )
+    described = plan_scaling(
+        recipe,
+        clusters,
+        length=length,
+        compute_seconds=compute,
+        batch=options.batch,
+        codec_gb_per_second=codec,
+    )
+    print(json.dumps(described) if options.json else render_scaling(described))
     return 0
 
 

@@ -13,7 +13,16 @@ from torch import nn
 
 from cyclebnn_dist.world import World, gather_objects
 
-FIELDS = ("recipe", "step", "widths", "world size", "parameter layout", "codec", "library versions")
+FIELDS = (
+    "recipe",
+    "step",
+    "widths",
+    "communication mode",
+    "world size",
+    "parameter layout",
+    "codec",
+    "library versions",
+)
 
 
 class Agreement:
@@ -27,7 +36,7 @@ class Agreement:
         """Collective: every rank calls this (it makes a process group).
 
         Args:
-            constants: the fields that do not change during a run: recipe, parameter layout, codec.
+            constants: the fields that do not change during a run: recipe, communication mode, parameter layout, codec.
             timeout_seconds: after which an exchange with a silent rank fails.
         """
         self._world = world

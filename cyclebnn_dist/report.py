@@ -50,6 +50,8 @@ def summarize(run: Run) -> dict[str, Any]:
             channel: dict(zip(("min", "mean", "max"), totals.bits(channel), strict=True))
             for channel in ("forward", "backward", "communication")
         },
+        "comm_mode": run.recipe.comm.mode,
+        "comm_mode_used": run.comm_mode,
         "sent_bytes": counters.sent_bytes,
         "fp32_bytes": counters.fp32_bytes,
         "bf16_bytes": counters.bf16_bytes,
@@ -91,6 +93,7 @@ def _sent(summary: dict[str, Any]) -> str:
     return (
         f"{readable_size(sent)} per rank; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
         f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
+        + (f"; comm.mode=auto took {summary['comm_mode_used']}" if summary["comm_mode"] == "auto" else "")
     )
 
 

@@ -41,6 +41,7 @@ def save(run: Run) -> Path:
             "total_steps": run.total_steps,
             "steps_per_epoch": run.steps_per_epoch,
             "eval_forward_bits": run.eval_forward_bits,
+            "comm_verdict": run.verdict.state_dict() if run.verdict else None,
         },
     )
     folder = save_checkpoint(

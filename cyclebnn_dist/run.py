@@ -11,6 +11,8 @@ from torch import nn
 from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.binary import Health
 from cyclebnn_dist.comm import Reducer
+from cyclebnn_dist.comm.breakeven import Mode
+from cyclebnn_dist.comm.verdict import Verdict
 from cyclebnn_dist.config import Recipe
 from cyclebnn_dist.data import EvalLoader, TrainLoader
 from cyclebnn_dist.engine import Engine
@@ -45,6 +47,10 @@ class Run:
     total_steps: int
     steps_per_epoch: int
     eval_forward_bits: int
+    comm_mode: Mode
+    """fp32, bf16 or quantized: the recipe's, or what ``auto`` took."""
+    verdict: Verdict | None = None
+    """Why, where ``auto`` decided."""
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
 

@@ -3,6 +3,7 @@
 run_dir/
   recipe.yaml       the resolved recipe; what makes the folder a run's
   layers.txt        what was swapped and why not
+  comm.json         what comm.mode=auto took, for how many ranks, and what was measured
   checkpoints/      see checkpoint.py
   metrics.jsonl     one row every few steps; see metrics/journal.py
   wandb/            Weights & Biases; its run id in wandb_run_id
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from cyclebnn_dist.config import (
     SAVED_NAME,
@@ -27,6 +29,7 @@ from cyclebnn_dist.config import (
 )
 
 LAYERS, JOURNAL, SUMMARY_JSON, SUMMARY_TEXT = "layers.txt", "metrics.jsonl", "summary.json", "summary.txt"
+VERDICT = "comm.json"
 LAUNCHER_FOLDER = "submitit"
 
 
@@ -74,3 +77,19 @@ def claim_run_folder(run_dir: Path, recipe: Recipe, layer_table: str) -> int:
     journal = run_dir / JOURNAL
     starts = journal.read_text().count('"event": "start"') if journal.exists() else 0
     return starts + 1
+
+
+def write_verdict(run_dir: Path, state: dict[str, Any]) -> None:
+    """Keep what ``comm.mode=auto`` took, so that a start before the first checkpoint takes the same."""
+    partial = run_dir / f".{VERDICT}.partial"
+    partial.write_text(json.dumps(state, indent=2) + "\n")
+    os.replace(partial, run_dir / VERDICT)
+
+
+def read_verdict(run_dir: Path) -> dict[str, Any] | None:
+    """What ``write_verdict`` kept, else None."""
+    try:
+        state: dict[str, Any] = json.loads((run_dir / VERDICT).read_text())
+    except (OSError, ValueError):
+        return None
+    return state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 
 from cyclebnn_dist import loop, resume
-from cyclebnn_dist.agreement import Agreement
+from cyclebnn_dist.agreement import Agreement, digest
 from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch, total_steps
 from cyclebnn_dist.binary import Health, parameter_kinds, scheduled_precision
-from cyclebnn_dist.checkpoint import newest_checkpoint
-from cyclebnn_dist.comm import build_reducer
-from cyclebnn_dist.comm.mode import communicated_precision
+from cyclebnn_dist.checkpoint import newest_checkpoint, read_meta
+from cyclebnn_dist.comm import Reducer, build_reducer
+from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
+from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import EvalLoader, ImageList, TrainLoader, scan_folder
@@ -25,11 +27,17 @@ from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
-from cyclebnn_dist.precision.schedule import build_schedule
+from cyclebnn_dist.precision.schedule import Schedule, build_schedule
 from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.report import summarize, write_summary
 from cyclebnn_dist.run import Run
-from cyclebnn_dist.run_folder import check_run_folder, claim_run_folder, finished_summary
+from cyclebnn_dist.run_folder import (
+    check_run_folder,
+    claim_run_folder,
+    finished_summary,
+    read_verdict,
+    write_verdict,
+)
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
 
@@ -74,8 +82,8 @@ def run_recipe(recipe: Recipe, world: World) -> int:
         log.info("this run is finished already\n%s", finished)
         return FINISHED
     images = on_main(world, lambda: scan_images(recipe))
-    run = assemble(recipe, world, run_dir=run_dir, images=images)
     checkpoint = newest_checkpoint(run_dir, world=world)
+    run = assemble(recipe, world, run_dir=run_dir, images=images, checkpoint=checkpoint)
     if checkpoint:
         resume.restore(run, checkpoint)
     announce(run)
@@ -109,8 +117,19 @@ def scan_images(recipe: Recipe) -> tuple[ImageList, ImageList]:
     return train, val
 
 
-def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[ImageList, ImageList]) -> Run:
-    """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built."""
+def assemble(
+    recipe: Recipe,
+    world: World,
+    *,
+    run_dir: Path,
+    images: tuple[ImageList, ImageList],
+    checkpoint: Path | None,
+) -> Run:
+    """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built.
+
+    Args:
+        checkpoint: that the run will go on from; only what it says about ``comm.mode`` is read here.
+    """
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
     epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
@@ -119,10 +138,6 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
     precision = scheduled_precision(recipe.precision, model)
-    precision = communicated_precision(precision, recipe.comm, world_size=world.size)
-    schedule = build_schedule(
-        precision, total_steps=run_steps, steps_per_epoch=epoch_steps, warn=world.is_main
-    )
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
@@ -136,6 +151,18 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         timeout_seconds=recipe.run.collective_timeout_seconds,
         **place,
     )
+    length = {"total_steps": run_steps, "steps_per_epoch": epoch_steps}
+    verdict = settle_mode(
+        recipe,
+        world,
+        reducer,
+        build_schedule(precision, **length, warn=False),
+        run_dir=run_dir,
+        checkpoint=checkpoint,
+    )
+    comm_mode = verdict.mode if verdict else fixed_mode(recipe.comm.mode)
+    precision = communicated_precision(precision, comm_mode, world_size=world.size)
+    schedule = build_schedule(precision, **length, warn=world.is_main)
     engine = DDPEngine(
         model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
     )
@@ -143,6 +170,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         world,
         {
             "recipe": recipe_digest(recipe),
+            "communication mode": digest(comm_mode),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
         },
@@ -158,7 +186,13 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
     )
     eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
 
-    life = on_main(world, lambda: claim_run_folder(run_dir, recipe, swap_report.render()))
+    def claim() -> int:
+        life = claim_run_folder(run_dir, recipe, swap_report.render())
+        if verdict:
+            write_verdict(run_dir, verdict.state_dict())
+        return life
+
+    life = on_main(world, claim)
     return Run(
         recipe=recipe,
         run_dir=run_dir,
@@ -180,6 +214,37 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         total_steps=run_steps,
         steps_per_epoch=epoch_steps,
         eval_forward_bits=recipe.eval.forward_bits or precision.forward.high,
+        comm_mode=comm_mode,
+        verdict=verdict,
+    )
+
+
+def settle_mode(
+    recipe: Recipe,
+    world: World,
+    reducer: Reducer,
+    schedule: Schedule,
+    *,
+    run_dir: Path,
+    checkpoint: Path | None,
+) -> Verdict | None:
+    """Collective: every rank calls this. What ``comm.mode=auto`` takes: as the run did before, else by measurement.
+
+    Args:
+        schedule: with the recipe's widths of communication.
+    """
+    if recipe.comm.mode != "auto" or world.size == 1:
+        return None
+
+    def stored() -> list[dict[str, Any]]:
+        of_checkpoint = read_meta(checkpoint).get("comm_verdict") if checkpoint else None
+        return [state for state in (of_checkpoint, read_verdict(run_dir)) if state]
+
+    widths = Counter(schedule.communication.first(schedule.total_steps))
+    return settle(
+        world=world,
+        stored=stored,
+        measure=lambda: measure_and_judge(reducer, widths, world=world, bucket_mb=recipe.engine.bucket_mb),
     )
 
 
@@ -221,7 +286,9 @@ def announce(run: Run) -> None:
         run.run_dir,
     )
     if run.journal:
-        run.journal.write({"event": "start", "step": run.step, "ranks": run.world.size})
+        run.journal.write(
+            {"event": "start", "step": run.step, "ranks": run.world.size, "comm_mode": run.comm_mode}
+        )
 
 
 def leave_preempted(run: Run) -> int:

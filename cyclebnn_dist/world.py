@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -162,6 +162,13 @@ def mean_in_rank_order(world: World, values: torch.Tensor) -> torch.Tensor:
     for part in gathered:
         total += part.double()
     return (total / world.size).to(values.dtype)
+
+
+def largest_over_ranks(world: World, values: Sequence[float]) -> list[float]:
+    """Collective: every rank calls this. The largest over ranks of each of some numbers, alike on every rank."""
+    largest = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world.control)
+    return largest.tolist()
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from cyclebnn_dist.agreement import Agreement, compare_parameters, digest
 def exchange(rank, size, field, by_rank):
     """Run two steps of the agreement in which ``field`` has the value of ``by_rank``; return messages or flags."""
     world = make_world(rank, size)
-    constants = {"recipe": 11, "parameter layout": 12, "codec": 13}
+    constants = {"recipe": 11, "parameter layout": 12, "codec": 13, "communication mode": 14}
     value = by_rank[rank]
     if field in constants:
         constants[field] = value
@@ -30,7 +30,9 @@ def exchange(rank, size, field, by_rank):
     return stops
 
 
-@pytest.mark.parametrize("field", ["recipe", "parameter layout", "codec", "step", "widths"])
+@pytest.mark.parametrize(
+    "field", ["recipe", "communication mode", "parameter layout", "codec", "step", "widths"]
+)
 def test_a_difference_stops_every_rank_and_names_who_differs_in_what(ranks, field):
     messages = ranks(3, exchange, field, [7, 8, 7])
     assert len(set(messages)) == 1

@@ -96,6 +96,11 @@ def test_schedules_need_no_torch():
     assert importers("torch", within=("cyclebnn_dist.precision",)) == set()
 
 
+def test_break_even_and_scaling_are_arithmetic():
+    rooms = ("cyclebnn_dist.comm.breakeven", "cyclebnn_dist.comm.scaling")
+    assert importers("torch", "numpy", within=rooms) == set()
+
+
 def test_only_train_search_and_bench_import_the_loop():
     allowed = ("cyclebnn_dist.train", "cyclebnn_dist.search", "cyclebnn_dist.bench")
     strangers = {

@@ -23,7 +23,17 @@ def recipe(tmp_path_factory, tiny_data):
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["train"], ["evaluate"], ["summary"], ["schedule"], ["config"], ["data"], ["data", "sample"]],
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["summary"],
+        ["schedule"],
+        ["plan"],
+        ["config"],
+        ["data"],
+        ["data", "sample"],
+    ],
 )
 def test_help_is_everywhere_with_examples(words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -119,6 +129,25 @@ def test_config_lists_every_section(capsys):
         (["schedule", "{recipe}", "--ranks", "0"], "--ranks: 0 is out of range"),
         (["schedule", "{recipe}", "--plot", "plot.jpg"], "use plot.png"),
         (["schedule", "{recipe}", "--plot", "/nowhere/plot.png"], "cannot write /nowhere/plot.png"),
+        (["plan", "{recipe}", "data.path=/nowhere"], "give --images N (training images) or --steps N"),
+        (["plan", "{recipe}", "--nodes", "1,two"], "--nodes: '1,two' is no list of numbers of nodes"),
+        (["plan", "{recipe}", "--nodes", "0,1"], "--nodes: '0,1' is no list of numbers of nodes"),
+        (["plan", "{recipe}", "--nodes", "99999"], "--nodes: 99999 nodes of 8 are 799992 ranks"),
+        (["plan", "{recipe}", "--gpus-per-node", "0"], "--gpus-per-node: 0 is out of range"),
+        (
+            ["plan", "{recipe}", "--network", "fast"],
+            "write 100gbit, 25gbit, 1gbit, 100mbit, or bytes a second",
+        ),
+        (["plan", "{recipe}", "--network", "0gbit"], "--network: '0gbit' is no rate of a network"),
+        (["plan", "{recipe}", "--network", "-1"], "--network: '-1' is no rate of a network"),
+        (["plan", "{recipe}", "--intra", "wires"], "write nvlink, pcie, 100gbit"),
+        (["plan", "{recipe}", "--compute-seconds", "inf"], "--compute-seconds: 'inf' is no number above 0"),
+        (["plan", "{recipe}", "--codec", "soon"], "--codec: 'soon' is no number above 0"),
+        (
+            ["plan", "{recipe}", "--nodes", "3", "--gpus-per-node", "1"],
+            "give --batch N (images of a rank and pass)",
+        ),
+        (["plan", "{recipe}", "--batch", "0"], "--batch: 0 is out of range"),
     ],
 )
 def test_what_is_refused_is_told_in_a_few_lines(recipe, capsys, arguments, words):

@@ -76,6 +76,11 @@ class Reducer:
         self._last_submit = 0.0
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group gradients travel in; None in a world of one."""
+        return self._group
+
+    @property
     def layout_digest(self) -> int:
         """63-bit number for the agreement check: parameters, shares, ranks."""
         return self.layout.digest

@@ -4,13 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
+import numpy as np
 
+from cyclebnn_dist.comm.breakeven import Load
 from cyclebnn_dist.comm.codec import scale_bytes
 from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
-from cyclebnn_dist.comm.layout import Layout
-from cyclebnn_dist.comm.plan import build_plan
+from cyclebnn_dist.comm.header import HEADER_BYTES
+from cyclebnn_dist.comm.layout import Layout, ParameterLayout
+from cyclebnn_dist.comm.pieces import CAST_BYTES
+
+FIRST_BUCKET_BYTES = 2**20
+"""DDP lets the first gradients leave early."""
+
+
+def message_sizes(layout: Layout, indices: Sequence[int], *, bits: int, codec: CodecName) -> np.ndarray:
+    """Bytes of the message for each owner, int64 ``[ranks]``: those of the plan that the reducer follows.
+
+    They are counted without laying out a single block, so that thousands of ranks take no time.
+    """
+    size = layout.block_size
+    small_bytes = CAST_BYTES[layout.small_width(bits)]
+    total = np.full(layout.world_size, HEADER_BYTES, dtype=np.int64)
+    for index in indices:
+        parameter = layout.parameters[index]
+        if parameter.small:
+            total += small_bytes * _units(parameter)
+        elif bits in CAST_BYTES:
+            total += CAST_BYTES[bits] * _elements(parameter)
+        else:
+            total += (size * bits // 8 + scale_bytes(codec, bits)) * _units(parameter)
+    return -(-total // 8) * 8
+
+
+def sent_bytes(layout: Layout, indices: Sequence[int], *, bits: int, codec: CodecName, rank: int = 0) -> int:
+    """What ``rank`` hands to the network for one bucket.
+
+    In the first phase it keeps its own message, in the second one it sends the largest owner's size to every other rank;
+    see ``transport``.
+    """
+    sizes = message_sizes(layout, indices, bits=bits, codec=codec)
+    return int(sizes.sum() - sizes[rank] + (layout.world_size - 1) * sizes.max())
 
 
 def count_step(
@@ -24,25 +58,71 @@ def count_step(
 ) -> Counters:
     """What the counters of ``rank`` gain in ``steps`` steps of ``bits`` bits; their seconds stay 0.
 
-    Sizes are those of the plans that the reducer follows. In the first phase a rank keeps its own message, in the
-    second one it sends the largest owner's size to every other rank; see ``transport``.
-
     Args:
         buckets: indices of the parameters that travel together, as DDP groups them.
     """
     counters = Counters()
-    others = layout.world_size - 1
-    if others == 0:
+    if layout.world_size == 1:
         return counters
     for indices in buckets:
-        plan = build_plan(
-            layout,
-            indices,
-            bits=bits,
-            scale_bytes=scale_bytes(codec, bits),
-            rank=rank,
-            device=torch.device("cpu"),
-        )
-        sent = sum(plan.sizes) - plan.sizes[rank] + others * plan.padded_size
-        counters.add_exchange(sent_bytes=steps * sent, numel=steps * plan.numel, world_size=layout.world_size)
+        sent = sent_bytes(layout, indices, bits=bits, codec=codec, rank=rank)
+        numel = sum(layout.parameters[index].numel for index in indices)
+        counters.add_exchange(sent_bytes=steps * sent, numel=steps * numel, world_size=layout.world_size)
     return counters
+
+
+def bucket_loads(
+    layout: Layout, buckets: Iterable[Sequence[int]], *, bits: int, codec: CodecName
+) -> list[Load]:
+    """What each bucket is to codec and link in a step of ``bits`` bits; bytes are those of rank 0."""
+    loads = []
+    for indices in buckets:
+        parameters = [layout.parameters[index] for index in indices]
+        small = sum(parameter.numel for parameter in parameters if parameter.small)
+        elements = {bits: sum(parameter.numel for parameter in parameters) - small}
+        small_bits = layout.small_width(bits)
+        elements[small_bits] = elements.get(small_bits, 0) + small
+        sent = sent_bytes(layout, indices, bits=bits, codec=codec) if layout.world_size > 1 else 0
+        loads.append(Load(elements=elements, sent_bytes=sent))
+    return loads
+
+
+def assumed_buckets(layout: Layout, *, bucket_mb: float) -> tuple[tuple[int, ...], ...]:
+    """The buckets DDP would make if gradients came in reverse model order, before it has seen in which they come.
+
+    Args:
+        bucket_mb: ``engine.bucket_mb``, in MiB of fp32 gradients.
+    """
+    limit = int(bucket_mb * 2**20)
+    buckets: list[tuple[int, ...]] = []
+    current: list[int] = []
+    held = 0
+    for parameter in reversed(layout.parameters):
+        current.append(parameter.index)
+        held += 4 * parameter.numel
+        if held >= (limit if buckets else min(limit, FIRST_BUCKET_BYTES)):
+            buckets.append(tuple(current))
+            current, held = [], 0
+    if current:
+        buckets.append(tuple(current))
+    return tuple(buckets)
+
+
+def _units(parameter: ParameterLayout) -> np.ndarray:
+    """``len(parameter.owned_units(rank))`` of every rank."""
+    share, extra = divmod(parameter.num_units, parameter.world_size)
+    places = (np.arange(parameter.world_size) - parameter.index) % parameter.world_size
+    return share + (places < extra)
+
+
+def _elements(parameter: ParameterLayout) -> np.ndarray:
+    """``len(parameter.owned_elements(rank))`` of every rank, of a parameter that is not small.
+
+    Every unit is a whole block but the last, which the last rank that owns any has.
+    """
+    size, world_size = parameter.block_size, parameter.world_size
+    elements = size * _units(parameter)
+    if parameter.num_units:
+        last = (min(parameter.num_units, world_size) - 1 + parameter.index) % world_size
+        elements[last] -= parameter.num_units * size - parameter.numel
+    return elements

@@ -249,7 +249,7 @@ class CommConfig:
     """How gradients are averaged over ranks."""
 
     mode: Literal["auto", "quantized", "bf16", "fp32"] = "auto"
-    """quantized: at the schedule's width; bf16, fp32: at that width always; auto: quantized with more than one rank."""
+    """quantized: at the schedule's width; bf16, fp32: at that width always; auto: the fastest of them, as measured at start."""
     codec: Literal["hadamard", "absmax", "minmax"] = "hadamard"
     """hadamard: randomized block rotation with Lloyd-Max levels; absmax, minmax: plain uniform levels per block."""
     block_size: int = 256

@@ -13,7 +13,7 @@ from cyclebnn_dist.binary import count, scheduled_precision
 from cyclebnn_dist.comm import Layout, build_layout
 from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
-from cyclebnn_dist.comm.mode import communicated_precision
+from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.traffic import count_step
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
@@ -96,7 +96,7 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     )
     counts = count(model, input_size=(3, side, side))
     precision = scheduled_precision(recipe.precision, model)
-    precision = communicated_precision(precision, recipe.comm, world_size=ranks)
+    precision = communicated_precision(precision, fixed_mode(recipe.comm.mode), world_size=ranks)
     schedule = build_schedule(
         precision, total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch
     )
