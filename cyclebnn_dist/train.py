@@ -136,17 +136,20 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         timeout_seconds=recipe.run.collective_timeout_seconds,
         **place,
     )
-    engine = DDPEngine(
-        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
-    )
     agreement = Agreement(
         world,
         {
             "recipe": recipe_digest(recipe),
+            "schedule": schedule.digest(),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
+            "backend": reducer.backend,
         },
         timeout_seconds=recipe.run.collective_timeout_seconds,
+    )
+    agreement.compare_constants()
+    engine = DDPEngine(
+        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
     )
     train_loader = TrainLoader(
         train_images,

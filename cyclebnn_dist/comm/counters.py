@@ -35,6 +35,15 @@ class Counters:
         self.fp32_bytes += 2 * (world_size - 1) / world_size * numel * 4
         self.bf16_bytes += 2 * (world_size - 1) / world_size * numel * 2
 
+    def seconds(self) -> dict[str, float]:
+        """Seconds by what they went into: encode, wire, decode, exposed (what the backward pass did not hide)."""
+        return {
+            "encode": self.encode_seconds,
+            "wire": self.wire_seconds,
+            "decode": self.decode_seconds,
+            "exposed": self.wait_seconds,
+        }
+
     @contextmanager
     def timing(self, kind: Literal["encode", "wire", "decode"]) -> Iterator[None]:
         """Add the seconds spent inside."""

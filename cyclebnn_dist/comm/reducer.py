@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cyclebnn_dist.comm.codec import FORMAT_VERSION, WIDTHS, Codec
+from cyclebnn_dist.comm.codec import FORMAT_VERSION, WIDTHS, Codec, gpu_backend
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.executor import build_executor
 from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
@@ -85,6 +85,16 @@ class Reducer:
         """63-bit number for the agreement check: codec, block size, format version."""
         return self.codec.digest
 
+    @property
+    def backend(self) -> str:
+        """Text for the agreement check: what encodes, and what carries."""
+        if self._group is None:
+            return "none"
+        encoder = self.codec.backend
+        if encoder == "auto":
+            encoder = "numba" if self._device.type == "cpu" else gpu_backend()
+        return f"{encoder} over {dist.get_backend(self._group)}"
+
     def begin_step(self, step: int, bits: int, *, loss_scale: float = 1.0) -> None:
         """Say at which global step and width the gradients that follow are reduced.
 
@@ -99,8 +109,15 @@ class Reducer:
         if bits not in WIDTHS:
             raise ValueError(f"a gradient all-reduce of {bits} bits does not exist; widths are {WIDTHS}")
         self.check()
-        self._feedback.finish_step()
+        self.finish_step()
         self._step, self._bits, self._loss_scale = step, bits, loss_scale
+
+    def finish_step(self, *, applied: bool = True) -> None:
+        """Say whether the step was applied: residuals stay as they were before one that was not.
+
+        ``begin_step`` does it where nobody has, by whether what was reduced is finite.
+        """
+        self._feedback.finish_step(applied=applied)
 
     def reduce(
         self, tensors: Mapping[str, torch.Tensor], *, step: int, bits: int

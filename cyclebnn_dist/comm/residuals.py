@@ -51,7 +51,7 @@ class Feedback(Protocol):
 
     def see_result(self, flat: torch.Tensor) -> None: ...
 
-    def finish_step(self) -> None: ...
+    def finish_step(self, *, applied: bool = True) -> None: ...
 
     def state_dict(self) -> State: ...
 
@@ -94,7 +94,7 @@ class NoFeedback:
     def see_result(self, flat: torch.Tensor) -> None:
         pass
 
-    def finish_step(self) -> None:
+    def finish_step(self, *, applied: bool = True) -> None:
         pass
 
     def state_dict(self) -> State:
@@ -179,9 +179,9 @@ class ErrorFeedback:
         """Look at a reduced bucket, which is the same on all ranks."""
         self._finite.append(torch.isfinite(flat).all())
 
-    def finish_step(self) -> None:
-        """Keep the errors of the step if all that was reduced in it is finite, forget them otherwise."""
-        if all(bool(finite) for finite in self._finite):
+    def finish_step(self, *, applied: bool = True) -> None:
+        """Keep the errors of a step that was applied and in which all that was reduced is finite, forget them otherwise."""
+        if applied and all(bool(finite) for finite in self._finite):
             for kind, errors in self._pending.items():
                 self._errors[kind].update(errors)
         self._pending = {"gradient": {}, "mean": {}}
