@@ -141,6 +141,38 @@ def test_the_error_of_the_mean_is_that_of_two_roundings(ranks, n, common):
             assert found == pytest.approx(independent, rel=0.07), f"{bits} bits"
 
 
+def average_incomplete_blocks(rank, n, codec):
+    """Relative error of the mean of parameters that are shorter than a block, at each width."""
+    shapes = {f"p{i}": (i % 13 + 1, 3) for i in range(300)}
+    reducer = make_reducer(rank, n, shapes=shapes, block_size=64, small_numel=0, codec=codec)
+    errors = {}
+    for bits in range(1, 9):
+        tensors = {
+            name: torch.randn(shape, generator=torch.Generator().manual_seed(i))
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        mean = {name: tensor.clone() for name, tensor in tensors.items()}
+        reducer.reduce(tensors, step=bits, bits=bits).wait()
+        lost = sum(float((tensors[name] - mean[name]).square().sum()) for name in shapes)
+        errors[bits] = lost / sum(float(g.square().sum()) for g in mean.values())
+    reducer.close()
+    return errors
+
+
+@pytest.mark.parametrize("codec", ["hadamard", "absmax", "minmax"])
+def test_blocks_that_are_mostly_padding_arrive_as_well_as_full_ones(ranks, codec):
+    """Ranks agree here, so that each of the two roundings adds its whole error."""
+    errors = ranks(2, average_incomplete_blocks, codec)[0]
+    for bits, error in errors.items():
+        if codec != "hadamard":
+            assert error < {1: 9, 2: 1.0, 3: 0.1}.get(bits, 0.02), f"{bits} bits"
+        elif bits <= 5:
+            one = GAUSSIAN_DISTORTION[bits] / (1 - GAUSSIAN_DISTORTION[bits])
+            assert error < 1.25 * (one + one * (1 + one)), f"{bits} bits"
+        else:
+            assert error < 2 * 1.1 * 0.25 ** (bits - 6) * 7.86e-4, f"{bits} bits"
+
+
 def count_independently(rank, n):
     counted = 0
     exchange, gather = transport.dist.all_to_all_single, transport._all_gather

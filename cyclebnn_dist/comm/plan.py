@@ -79,11 +79,13 @@ def build_plan(
     scale_bytes: int,
     rank: int,
     device: torch.device,
+    rotated: bool = False,
 ) -> Plan:
     """The plan of the parameters with these indices, concatenated in this order, on ``device``.
 
     Args:
         scale_bytes: of each wide block beside its codes, as the codec has it.
+        rotated: whether the mean of wide pieces is in the domain of a rotation, where incomplete blocks are whole.
     """
     parameters = tuple(layout.parameters[index] for index in indices)
     starts = (0, *accumulate(p.numel for p in parameters))
@@ -109,7 +111,10 @@ def build_plan(
         sizes=sizes,
         outgoing=placed((0, *accumulate(sizes))[:-1]),
         own=own,
-        own_rows=Share(own.small.as_rows(layout.block_size), own.wide.as_rows(layout.block_size)),
+        own_rows=Share(
+            own.small.as_rows(layout.block_size, whole=False),
+            own.wide.as_rows(layout.block_size, whole=rotated),
+        ),
         gathered=placed([owner * padded for owner in owners]),
         owned=_owned_rows(parameters, rank),
         digest=int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1,

@@ -23,6 +23,7 @@ from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.executor import build_executor
 from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
 from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.comm.plan import Plan, build_plan
 from cyclebnn_dist.comm.randomness import step_words
@@ -287,6 +288,7 @@ class Reducer:
                 scale_bytes=self.codec.scale_bytes(bits),
                 rank=self._rank,
                 device=self._device,
+                rotated=self.codec.name == "hadamard" and bits <= MAX_CODE_BITS,
             )
         return self._plans[indices, bits]
 
