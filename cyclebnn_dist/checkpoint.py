@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,9 +180,9 @@ def read_shared(folder: Path) -> dict[str, Any]:
     return read_state(folder / "shared.safetensors")
 
 
-def read_own(folder: Path, *, rank: int) -> dict[str, Any]:
-    """The state of one rank."""
-    return read_state(folder / f"rank_{rank}.safetensors")
+def read_own(folder: Path, *, rank: int, at: Sequence[str] = ()) -> dict[str, Any]:
+    """The state of one rank, or what lies under the keys ``at`` in it."""
+    return read_state(folder / f"rank_{rank}.safetensors", at=at)
 
 
 def _sha256(path: Path) -> str:

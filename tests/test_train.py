@@ -90,6 +90,44 @@ def test_another_number_of_ranks_goes_on_from_the_same_weights(ranks, recipe_fil
     assert summary["sent_bytes"] > 0
 
 
+def resume_and_stop(rank, size, path, step):
+    """As ``stop_at``; also the residuals that this rank began with."""
+    restore, begun_with = resume.restore, {}
+
+    def watched(run, folder):
+        restore(run, folder)
+        for phase, errors in run.reducer.state_dict()["residuals"].items():
+            begun_with[phase] = {name: error.clone() for name, error in errors.items()}
+
+    resume.restore = watched
+    try:
+        return stop_at(rank, size, path, step), begun_with
+    finally:
+        resume.restore = restore
+
+
+def mean_of_sent_residuals(run_dir):
+    """By parameter, over the ranks that wrote the newest checkpoint."""
+    files = [load_file(path) for path in sorted(newest(run_dir).glob("rank_*.safetensors"))]
+    names = [key for key in files[0] if key.startswith("reducer/residuals/gradient/")]
+    return {name.split("/")[-1]: sum(file[name].double() for file in files) / len(files) for name in names}
+
+
+def test_four_ranks_two_ranks_four_ranks_owe_the_same_gradient(ranks, recipe_file):
+    assert ranks(4, stop_at, recipe_file, 2) == [train.PREEMPTED] * 4
+    for size, step in [(2, 3), (4, 99)]:
+        saved = mean_of_sent_residuals(recipe_file.parent / "run")
+        outcomes = ranks(size, resume_and_stop, recipe_file, step)
+        assert [status for status, _ in outcomes] == [train.PREEMPTED if step < 99 else train.FINISHED] * size
+        assert saved.keys() == outcomes[0][1]["gradient"].keys()
+        assert max(float(error.abs().max()) for error in saved.values()) > 0
+        for name, expected in saved.items():
+            found = sum(begun["gradient"][name].double() for _, begun in outcomes) / size
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    starts = [row for row in read_journal(recipe_file.parent / "run") if row["event"] == "start"]
+    assert [(row["step"], row["ranks"]) for row in starts] == [(0, 4), (3, 2), (7, 4)]
+
+
 def test_a_longer_run_needs_the_flag_that_says_so(ranks, recipe_file):
     assert ranks(1, run, recipe_file, ["train.epochs=0.2"]) == [0]
     (answer,) = ranks(1, run, recipe_file, ["train.epochs=0.4"])

@@ -27,6 +27,7 @@ from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.comm.plan import Plan, build_plan
 from cyclebnn_dist.comm.randomness import step_words
+from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
 from cyclebnn_dist.comm.scratch import Scratch
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
@@ -210,6 +211,10 @@ class Reducer:
         """Take what ``state_dict`` gave on the same rank of as many ranks."""
         self.counters.load_state_dict(state["counters"])
         self._feedback.load_state_dict(state["residuals"])
+
+    def reshard_residuals(self, old_size: int, read: ReadResiduals) -> None:
+        """Take over the residuals of ``old_size`` ranks, each as its ``state_dict`` gave them under ``residuals``."""
+        self._feedback.reshard(old_size, read)
 
     def close(self) -> None:
         """Wait for exchanges under way, then end the communication thread and leave the group."""
