@@ -55,6 +55,7 @@ def build_reducer(
         block_size=comm.block_size,
         small_bits=comm.small_bits,
         small_numel=comm.small_numel,
+        second_phase_extra_bits=comm.second_phase_extra_bits,
     )
     codec = Codec(comm.codec, block_size=comm.block_size, unbiased=not comm.error_feedback)
     group = None

@@ -230,6 +230,7 @@ class Reducer:
         group = self._group
         assert group is not None
         plan = self._plan(indices, bits)
+        answers = self._plan(indices, self.layout.mean_width(bits))
         world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
         words = step_words(self._seed, step)
         feedback, timing, scratch = self._feedback, self.counters.timing, self._scratch
@@ -259,24 +260,30 @@ class Reducer:
             wide = self._mean(messages, plan.own.wide, bits=plan.bits, name="wide")
 
         with timing("encode"):
-            feedback.add_to_mean(wide, plan, words=words, loss_scale=loss_scale)
-            answer = scratch.get("answer", plan.padded_size, torch.uint8)
-            means = ((small, plan.own_rows.small, plan.small_bits), (wide, plan.own_rows.wide, plan.bits))
+            feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
+            answer = scratch.get("answer", answers.padded_size, torch.uint8)
+            means = (
+                (small, answers.own_rows.small, answers.small_bits),
+                (wide, answers.own_rows.wide, answers.bits),
+            )
             for rows, pieces, width in means:
                 self.codec.encode_pieces(
                     rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
                 )
-            header = self._header(plan, step=step, phase=2)
+            header = self._header(answers, step=step, phase=2)
             answer[:HEADER_BYTES] = _as_tensor(header, flat.device)
-            feedback.keep_mean_errors(wide, answer, plan, words=words, loss_scale=loss_scale)
+            feedback.keep_mean_errors(wide, answer, answers, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
-            gathered = scratch.get("gathered", world_size * plan.padded_size, torch.uint8)
+            gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
             sent += to_everyone(answer, gathered, group=group)
-        self._receive(header, gathered.view(world_size, plan.padded_size))
+        self._receive(header, gathered.view(world_size, answers.padded_size))
 
         with timing("decode"):
-            for pieces, width in ((plan.gathered.small, plan.small_bits), (plan.gathered.wide, plan.bits)):
+            for pieces, width in (
+                (answers.gathered.small, answers.small_bits),
+                (answers.gathered.wide, answers.bits),
+            ):
                 self.codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
             if gradient is not flat:
                 flat.copy_(gradient)

@@ -35,14 +35,17 @@ def count_step(
     if others == 0:
         return counters
     for indices in buckets:
-        plan = build_plan(
-            layout,
-            indices,
-            bits=bits,
-            scale_bytes=scale_bytes(codec, bits),
-            rank=rank,
-            device=torch.device("cpu"),
+        plan, answers = (
+            build_plan(
+                layout,
+                indices,
+                bits=width,
+                scale_bytes=scale_bytes(codec, width),
+                rank=rank,
+                device=torch.device("cpu"),
+            )
+            for width in (bits, layout.mean_width(bits))
         )
-        sent = sum(plan.sizes) - plan.sizes[rank] + others * plan.padded_size
+        sent = sum(plan.sizes) - plan.sizes[rank] + others * answers.padded_size
         counters.add_exchange(sent_bytes=steps * sent, numel=steps * plan.numel, world_size=layout.world_size)
     return counters

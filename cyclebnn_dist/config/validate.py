@@ -160,6 +160,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
     ("optim.betas", lambda value: all(map(_below_one, value)), "two numbers, each at least 0 and below 1"),
     ("data.std", lambda value: min(value) > 0, "three numbers greater than 0"),
+    ("comm.second_phase_extra_bits", _between(0, 7), "from 0 to 7"),
     ("comm.block_size", _power_of_two, "a power of two from 16 to 65536"),
     ("eval.forward_bits", lambda value: value in (0, 32) or 2 <= value <= 16, "0, from 2 to 16, or 32"),
 )

@@ -106,6 +106,7 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
         block_size=recipe.comm.block_size,
         small_bits=recipe.comm.small_bits,
         small_numel=recipe.comm.small_numel,
+        second_phase_extra_bits=recipe.comm.second_phase_extra_bits,
     )
     counters = Counters()
     if ranks > 1:
