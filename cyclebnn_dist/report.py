@@ -51,6 +51,7 @@ def summarize(run: Run) -> dict[str, Any]:
             for channel in ("forward", "backward", "communication")
         },
         "sent_bytes": counters.sent_bytes,
+        "far_bytes": counters.far_bytes,
         "fp32_bytes": counters.fp32_bytes,
         "bf16_bytes": counters.bf16_bytes,
         **{f"exchange_{name}_seconds": seconds for name, seconds in counters.seconds().items()},
@@ -91,8 +92,9 @@ def _sent(summary: dict[str, Any]) -> str:
     sent, fp32, bf16 = summary["sent_bytes"], summary["fp32_bytes"], summary["bf16_bytes"]
     if sent == 0:
         return "none: one rank has nobody to send to"
+    far = f", {readable_size(summary['far_bytes'])} of it to other nodes" if summary["far_bytes"] else ""
     return (
-        f"{readable_size(sent)} per rank; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
+        f"{readable_size(sent)} per rank{far}; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
         f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
     )
 

@@ -31,7 +31,7 @@ from cyclebnn_dist.report import summarize, write_summary
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import check_run_folder, claim_run_folder, finished_summary
 from cyclebnn_dist.timm_import import timm
-from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
+from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ def assemble(recipe: Recipe, world: World, *, run_dir: Path, images: tuple[Image
         model.named_parameters(),
         seed=recipe.run.seed,
         timeout_seconds=recipe.run.collective_timeout_seconds,
+        ranks_per_node=ranks_per_node(world) if recipe.comm.hierarchical else 1,
         **place,
     )
     agreement = Agreement(

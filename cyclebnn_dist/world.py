@@ -178,6 +178,40 @@ def library_versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
+def ranks_per_node(world: World) -> int:
+    """Collective: every rank calls this. How many ranks each node holds, from LOCAL_WORLD_SIZE or Slurm.
+
+    Raises:
+        RecipeError: on every rank, if that is unknown, differs between nodes, or nodes do not hold consecutive ranks.
+    """
+    local_size = local_world_size()
+    facts = gather_objects(world, (local_size, world.local_rank))
+    if 0 in {size for size, _ in facts}:
+        raise RecipeError(
+            "comm.hierarchical",
+            "how many ranks a node holds is not known",
+            "start with torchrun or python -m launch, or set LOCAL_WORLD_SIZE on every rank",
+        )
+    if any(fact != (local_size, rank % local_size) for rank, fact in enumerate(facts)) or (
+        world.size % local_size
+    ):
+        raise RecipeError(
+            "comm.hierarchical",
+            f"ranks are not spread evenly over nodes, consecutive ones on each: (ranks of its node, place) is {facts}",
+            "give every node the same number of ranks, in order, or set it to false",
+        )
+    return local_size
+
+
+def local_world_size(*, environ: dict[str, str] | None = None) -> int:
+    """Ranks of this node as LOCAL_WORLD_SIZE or SLURM_NTASKS_PER_NODE says; 0 if neither does."""
+    env = os.environ if environ is None else environ
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if env.get(name, "").isdigit():
+            return int(env[name])
+    return 0
+
+
 def leave_world() -> None:
     """Tear the process groups down, at the end of a run that went well."""
     if dist.is_initialized():

@@ -34,10 +34,16 @@ def gradients_of(rank, step):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def make_reducer(rank, n, *, shapes=SHAPES, **comm):
+def make_reducer(rank, n, *, shapes=SHAPES, ranks_per_node=1, **comm):
     named = [(name, torch.empty(shape)) for name, shape in shapes.items()]
     return build_reducer(
-        CommConfig(**{"block_size": 64, **comm}), named, rank=rank, world_size=n, seed=9, device=CPU
+        CommConfig(**{"block_size": 64, **comm}),
+        named,
+        rank=rank,
+        world_size=n,
+        seed=9,
+        device=CPU,
+        ranks_per_node=ranks_per_node,
     )
 
 

@@ -16,6 +16,7 @@ class Counters:
     Attributes:
         sent_bytes: payload of collectives that left this rank for others, headers and padding included.
         fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2.
+        far_bytes: the part of sent_bytes that a hierarchical all-reduce sent to other nodes.
         encode_seconds, wire_seconds, decode_seconds: of the communication thread (on a GPU: of the host, which only
             enqueues).
         wait_seconds: from handing over the last bucket of a backward pass to its end: what was not hidden by it.
@@ -28,9 +29,11 @@ class Counters:
     wire_seconds: float = 0.0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
+    far_bytes: int = 0
 
-    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int) -> None:
+    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int, far_bytes: int = 0) -> None:
         """Count the exchange of ``numel`` elements."""
+        self.far_bytes += far_bytes
         self.sent_bytes += sent_bytes
         self.fp32_bytes += 2 * (world_size - 1) / world_size * numel * 4
         self.bf16_bytes += 2 * (world_size - 1) / world_size * numel * 2
@@ -57,4 +60,4 @@ class Counters:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in asdict(self):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))

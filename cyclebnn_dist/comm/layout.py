@@ -7,7 +7,7 @@ no part, so results, residuals and resumption do not depend on how DDP cuts the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,12 @@ class Layout:
     block_size: int
     small_bits: Literal[16, 32]
     second_phase_extra_bits: int = 0
+    ranks_per_node: int = 1
+    """More than 1 where gradients are averaged within nodes first; see ``hierarchy``."""
+
+    def bucket_digest(self, indices: Sequence[int]) -> int:
+        """63-bit number that stands for the parameters of a bucket."""
+        return int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1
 
     def mean_width(self, bits: int) -> int:
         """Width at which averages of wide parameters travel in a step of ``bits``.
@@ -83,7 +89,13 @@ class Layout:
     def digest(self) -> int:
         """63-bit number, equal on ranks whose messages have the same meaning."""
         facts = [(p.name, p.numel, p.small) for p in self.parameters]
-        settings = (self.world_size, self.block_size, self.small_bits, self.second_phase_extra_bits)
+        settings = (
+            self.world_size,
+            self.block_size,
+            self.small_bits,
+            self.second_phase_extra_bits,
+            self.ranks_per_node,
+        )
         text = repr((facts, settings))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -96,6 +108,7 @@ def build_layout(
     small_bits: Literal[16, 32],
     small_numel: int,
     second_phase_extra_bits: int = 0,
+    ranks_per_node: int = 1,
 ) -> Layout:
     """The layout of parameters given as ``(name, tensor)`` in model order.
 
@@ -118,4 +131,5 @@ def build_layout(
         block_size=block_size,
         small_bits=small_bits,
         second_phase_extra_bits=second_phase_extra_bits,
+        ranks_per_node=ranks_per_node,
     )

@@ -73,7 +73,7 @@ class Reducer:
         self._index = {parameter.name: parameter.index for parameter in layout.parameters}
         self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
         self._scratch = Scratch(device)
-        self._unverified: list[tuple[Header, torch.Tensor]] = []
+        self._unverified: list[tuple[Header, torch.Tensor, Sequence[int]]] = []
         self._step, self._bits, self._loss_scale = -1, 32, 1.0
         self._last_submit = 0.0
 
@@ -186,8 +186,8 @@ class Reducer:
         if self._executor.error is not None:
             raise self._executor.error
         unverified, self._unverified = self._unverified, []
-        for expected, headers in unverified:
-            self._verify(expected, headers)
+        for expected, headers, senders in unverified:
+            self._verify(expected, headers, senders)
 
     @contextmanager
     def reraising(self) -> Iterator[None]:
@@ -244,9 +244,9 @@ class Reducer:
             shares = ((plan.outgoing.small, plan.small_bits), (plan.outgoing.wide, plan.bits))
             for pieces, width in shares:
                 self.codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
-            header = self._header(plan, step=step, phase=1)
+            header = self._header(bits=plan.bits, bucket=plan.digest, step=step, phase=1)
             for message in outgoing.split(list(plan.sizes)):
-                message[:HEADER_BYTES] = _as_tensor(header, flat.device)
+                message[:HEADER_BYTES] = as_tensor(header, flat.device)
             feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
@@ -270,8 +270,8 @@ class Reducer:
                 self.codec.encode_pieces(
                     rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
                 )
-            header = self._header(answers, step=step, phase=2)
-            answer[:HEADER_BYTES] = _as_tensor(header, flat.device)
+            header = self._header(bits=answers.bits, bucket=plan.digest, step=step, phase=2)
+            answer[:HEADER_BYTES] = as_tensor(header, flat.device)
             feedback.keep_mean_errors(wide, answer, answers, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
@@ -305,38 +305,40 @@ class Reducer:
         return self._plans[indices, bits]
 
     def _mean(self, messages: torch.Tensor, pieces: Pieces, *, bits: int, name: str) -> torch.Tensor:
-        """Mean over ranks of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
+        """Mean over messages of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
         size = self.layout.block_size
         rows = self._scratch.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
         for message in messages:
             self.codec.add_pieces(message, pieces, rows, bits=bits)
-        return rows.div_(self.layout.world_size)
+        return rows.div_(len(messages))
 
-    def _header(self, plan: Plan, *, step: int, phase: int) -> Header:
+    def _header(self, *, bits: int, bucket: int, step: int, phase: int) -> Header:
         return Header(
             magic=MAGIC,
             version=FORMAT_VERSION,
             phase=phase,
-            bits=plan.bits,
+            bits=bits,
             step=step,
             layout_and_codec=self.layout.digest ^ self.codec.digest,
-            bucket=plan.digest,
+            bucket=bucket,
         )
 
-    def _receive(self, expected: Header, messages: torch.Tensor) -> None:
-        """Verify received messages ``[ranks, bytes]``: at once on a CPU, in ``check`` on a GPU, whose host runs ahead."""
-        headers = messages[:, :HEADER_BYTES]
+    def _receive(
+        self, expected: Header, messages: torch.Tensor, *, ranks: Sequence[int] | None = None
+    ) -> None:
+        """Verify received messages ``[ranks, bytes]``, of all or of these ranks: at once on a CPU, in ``check`` on a GPU, whose host runs ahead."""
+        headers, senders = messages[:, :HEADER_BYTES], ranks or range(self.layout.world_size)
         if headers.device.type == "cpu":
-            self._verify(expected, headers)
+            self._verify(expected, headers, senders)
         else:
-            self._unverified.append((expected, headers.clone()))
+            self._unverified.append((expected, headers.clone(), senders))
 
-    def _verify(self, expected: Header, headers: torch.Tensor) -> None:
+    def _verify(self, expected: Header, headers: torch.Tensor, senders: Sequence[int]) -> None:
         raw = expected.to_bytes()
         received = [bytes(row) for row in headers.cpu().numpy()]
         wrong = [
             f"rank {rank} sent {describe_difference(expected, row)}"
-            for rank, row in enumerate(received)
+            for rank, row in zip(senders, received, strict=True)
             if row != raw
         ]
         if wrong:
@@ -346,5 +348,6 @@ class Reducer:
             )
 
 
-def _as_tensor(header: Header, device: torch.device) -> torch.Tensor:
+def as_tensor(header: Header, device: torch.device) -> torch.Tensor:
+    """The bytes of a header, uint8 on ``device``."""
     return torch.frombuffer(bytearray(header.to_bytes()), dtype=torch.uint8).to(device)

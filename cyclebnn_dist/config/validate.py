@@ -65,7 +65,7 @@ def validate(recipe: Recipe) -> None:
         for key in keys.split():
             if not rule(values[key]):
                 raise RecipeError(key, f"{_show(values[key])} is out of range", f"it must be {words}")
-    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_model):
+    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_comm, _check_model):
         check(recipe)
 
 
@@ -219,6 +219,15 @@ def _check_optim(recipe: Recipe) -> None:
                 f"{optim.milestones[-1]:g} is never reached: train.epochs = {epochs:g}",
                 "every milestone must be smaller than train.epochs",
             )
+
+
+def _check_comm(recipe: Recipe) -> None:
+    if recipe.comm.hierarchical and recipe.comm.error_feedback:
+        raise RecipeError(
+            "comm.error_feedback",
+            "stands beside comm.hierarchical=true, which keeps no residuals",
+            "set one of the two to false; without feedback codes up to 5 bits are unbiased",
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:
