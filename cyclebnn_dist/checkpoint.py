@@ -83,7 +83,9 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, recipe: Recipe, world:
                 save_file(snapshot.ema, str(partial / "ema.safetensors"))
             write_state(partial / "shared.safetensors", snapshot.shared)
             save_recipe(recipe, partial / SAVED_NAME)
-            names += [path.name for path in partial.iterdir() if not path.name.startswith("rank_")]
+            # Named, not listed: the folder also holds files that other ranks are writing under names of the moment.
+            names += ["model.safetensors", "shared.safetensors", SAVED_NAME]
+            names += ["ema.safetensors"] if snapshot.ema else []
         for name in names:
             _flush(partial / name)
             written[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
