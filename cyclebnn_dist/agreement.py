@@ -3,62 +3,90 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from time import perf_counter
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from cyclebnn_dist.world import World, gather_objects
+from cyclebnn_dist.world import World, gather_objects, library_versions
 
 FIELDS = (
     "recipe",
+    "schedule",
     "step",
     "widths",
     "communication mode",
     "world size",
     "parameter layout",
     "codec",
+    "backend",
     "library versions",
 )
 
 
 class Agreement:
-    """One fixed-size control all-reduce per step on its own Gloo group.
+    """One fixed-size control all-reduce per step on its own Gloo group, and a smaller one about its outcome.
 
     Each field is a 63-bit number; ``+x`` and ``-x`` under MAX give its largest and smallest value over ranks,
     which are equal exactly when all ranks hold the same. The stop flag travels in the same message.
+
+    Attributes:
+        seconds: this rank has spent in here, waiting for slower ranks included.
     """
 
-    def __init__(self, world: World, constants: Mapping[str, int], *, timeout_seconds: float) -> None:
+    def __init__(self, world: World, constants: Mapping[str, int | str], *, timeout_seconds: float) -> None:
         """Collective: every rank calls this (it makes a process group).
 
         Args:
-            constants: the fields that do not change during a run: recipe, communication mode, parameter layout, codec.
+            constants: the fields that do not change during a run: digests, or texts that a person can compare.
             timeout_seconds: after which an exchange with a silent rank fails.
         """
+        self.seconds = 0.0
         self._world = world
-        self._constants = dict(constants)
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._message = torch.empty(2 * len(FIELDS) + 1, dtype=torch.int64)
         self._work: dist.Work | None = None
-        self._fields: dict[str, int] = {}
+        self._fields: dict[str, int | str] = {
+            "step": -1,
+            "widths": 0,
+            "world size": world.size,
+            "library versions": library_versions(),
+            **constants,
+        }
+        assert set(self._fields) == set(FIELDS)
+
+    def compare_constants(self) -> None:
+        """Collective: every rank calls this. Prove that what does not change is the same everywhere, before any step.
+
+        Call it before DDP is built, which would find another model on some ranks only and leave the others waiting.
+
+        Raises:
+            RuntimeError: on every rank, naming the fields that differ and the ranks that hold each value.
+        """
+        self._compare(gather_objects(self._world, self._fields))
+
+    def settle(self, constants: Mapping[str, int | str]) -> None:
+        """Collective: every rank calls this. Replace constants by what has been settled since, and compare them.
+
+        Raises:
+            RuntimeError: as ``compare_constants``.
+        """
+        self._fields |= constants
+        self.compare_constants()
 
     def begin(self, step: int, *, widths: int, stop: bool) -> None:
         """Collective: every rank calls this. Start the exchange for ``step``; it runs during the forward pass."""
         assert self._work is None
-        self._fields = {
-            **self._constants,
-            "step": step,
-            "widths": widths,
-            "world size": self._world.size,
-            "library versions": library_digest(),
-        }
-        values = torch.tensor([self._fields[name] for name in FIELDS], dtype=torch.int64)
+        begun = perf_counter()
+        self._fields |= {"step": step, "widths": widths}
+        held = (self._fields[name] for name in FIELDS)
+        values = torch.tensor([digest(value) if isinstance(value, str) else value for value in held])
         self._message = torch.cat([values, -values, torch.tensor([int(stop)])])
         self._work = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self.seconds += perf_counter() - begun
 
     def finish(self) -> bool:
         """Collective: every rank calls this. Await the exchange; True if any rank asked to stop.
@@ -67,22 +95,34 @@ class Agreement:
             RuntimeError: on every rank, naming the fields that differ and the ranks that hold each value.
         """
         assert self._work is not None
+        begun = perf_counter()
         self._work.wait()
         self._work = None
+        self.seconds += perf_counter() - begun
         count = len(FIELDS)
-        largest, smallest = self._message[:count], -self._message[count : 2 * count]
-        differing = [
-            name for name, a, b in zip(FIELDS, largest.tolist(), smallest.tolist(), strict=True) if a != b
-        ]
-        if differing:
-            raise RuntimeError(self._describe(differing))
+        if not torch.equal(self._message[:count], -self._message[count : 2 * count]):
+            self._compare(gather_objects(self._world, self._fields))
         return bool(self._message[-1].item())
 
-    def _describe(self, differing: list[str]) -> str:
-        everyone = gather_objects(self._world, self._fields)
+    def all_finite(self, finite: bool) -> bool:
+        """Collective: every rank calls this, after the reduction. Whether the averaged gradient is finite on all ranks.
+
+        Averaged gradients are the same bytes everywhere, so ranks find the same by themselves; where one does not
+        (a faulty device, say), its update would part it from the others for good.
+        """
+        begun = perf_counter()
+        flag = torch.tensor([int(finite)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
+        self.seconds += perf_counter() - begun
+        return bool(flag.item())
+
+    def _compare(self, everyone: Sequence[Mapping[str, int | str]]) -> None:
+        differing = [name for name in FIELDS if len({fields[name] for fields in everyone}) > 1]
+        if not differing:
+            return
         lines = [f"ranks disagree in {', '.join(differing)}; all ranks stop before any gradient is exchanged"]
         for name in differing:
-            holders: dict[int, list[int]] = {}
+            holders: dict[int | str, list[int]] = {}
             for rank, fields in enumerate(everyone):
                 holders.setdefault(fields[name], []).append(rank)
             held = "; ".join(
@@ -90,7 +130,7 @@ class Agreement:
                 for value, ranks in sorted(holders.items(), key=lambda item: item[1])
             )
             lines.append(f"  {name}: {held}")
-        return "\n".join(lines)
+        raise RuntimeError("\n".join(lines))
 
 
 def compare_parameters(model: nn.Module, *, world: World, step: int) -> None:
@@ -129,15 +169,3 @@ def _hash(tensors: Iterable[torch.Tensor]) -> str:
 def digest(*parts: object) -> int:
     """63-bit number that is equal on every machine for equal ``parts`` (their ``repr`` is hashed)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-_library_digest: int | None = None
-
-
-def library_digest() -> int:
-    """Digest of the versions of the libraries whose arithmetic must match between ranks."""
-    global _library_digest
-    if _library_digest is None:
-        names = ("torch", "numpy", "numba", "timm", "cyclebnn-dist")
-        _library_digest = digest([(name, importlib.metadata.version(name)) for name in names])
-    return _library_digest

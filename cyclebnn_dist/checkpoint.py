@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def save_checkpoint(run_dir: Path, snapshot: Snapshot, *, recipe: Recipe, world:
                 save_file(snapshot.ema, str(partial / "ema.safetensors"))
             write_state(partial / "shared.safetensors", snapshot.shared)
             save_recipe(recipe, partial / SAVED_NAME)
-            names += [path.name for path in partial.iterdir() if not path.name.startswith("rank_")]
+            # Named, not listed: the folder also holds files that other ranks are writing under names of the moment.
+            names += ["model.safetensors", "shared.safetensors", SAVED_NAME]
+            names += ["ema.safetensors"] if snapshot.ema else []
         for name in names:
             _flush(partial / name)
             written[name] = {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)}
@@ -179,9 +182,9 @@ def read_shared(folder: Path) -> dict[str, Any]:
     return read_state(folder / "shared.safetensors")
 
 
-def read_own(folder: Path, *, rank: int) -> dict[str, Any]:
-    """The state of one rank."""
-    return read_state(folder / f"rank_{rank}.safetensors")
+def read_own(folder: Path, *, rank: int, at: Sequence[str] = ()) -> dict[str, Any]:
+    """The state of one rank, or what lies under the keys ``at`` in it."""
+    return read_state(folder / f"rank_{rank}.safetensors", at=at)
 
 
 def _sha256(path: Path) -> str:

@@ -37,6 +37,7 @@ class StepResult:
     stop: bool
     seconds: float
     data_seconds: float
+    agreement_seconds: float
 
 
 def train(run: Run) -> Literal["finished", "preempted"]:
@@ -59,6 +60,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
             images=run.recipe.train.global_batch_size,
             seconds=result.seconds,
             data_seconds=result.data_seconds,
+            agreement_seconds=result.agreement_seconds,
             skipped=result.skipped,
         )
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -88,7 +90,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
 
 def train_step(run: Run) -> StepResult:
     """Collective: every rank calls this. One optimizer step at ``run.step``."""
-    begun = time.perf_counter()
+    begun, agreed_before = time.perf_counter(), run.agreement.seconds
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
     lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
@@ -126,7 +128,8 @@ def train_step(run: Run) -> StepResult:
             run.engine.backward(loss / accumulation)
         total_loss += loss.detach() / accumulation
     grad_norm = run.engine.clip(recipe.train.clip_norm)
-    updated = run.engine.step()
+    updated = run.agreement.all_finite(bool(torch.isfinite(grad_norm)))
+    run.engine.step(skip=not updated)
     if run.ema and updated:
         run.ema.update(run.model, step=step)
     return StepResult(
@@ -138,6 +141,7 @@ def train_step(run: Run) -> StepResult:
         stop=stop,
         seconds=time.perf_counter() - begun,
         data_seconds=data_seconds,
+        agreement_seconds=run.agreement.seconds - agreed_before,
     )
 
 
@@ -149,11 +153,14 @@ class Window:
         self._loss = torch.zeros((), device=run.world.device)
         self._seconds = 0.0
         self._data_seconds = 0.0
+        self._agreement_seconds = 0.0
+        self._exchange_seconds = run.reducer.counters.seconds()
 
     def add(self, result: StepResult) -> None:
         self._loss += result.loss
         self._seconds += result.seconds
         self._data_seconds += result.data_seconds
+        self._agreement_seconds += result.agreement_seconds
 
     def report(self, run: Run, result: StepResult) -> None:
         """Collective: every rank calls this. Write one row about the window."""
@@ -170,6 +177,11 @@ class Window:
             "images_per_second": images / self._seconds,
             "data_wait_fraction": self._data_seconds / self._seconds,
             "sent_bytes": run.reducer.counters.sent_bytes,
+            **{
+                f"{name}_seconds": (total - self._exchange_seconds[name]) / steps
+                for name, total in run.reducer.counters.seconds().items()
+            },
+            "agreement_seconds": self._agreement_seconds / steps,
             "skipped_steps": run.totals.skipped_steps,
             "epoch": run.step / run.steps_per_epoch,
         }

@@ -53,8 +53,11 @@ def summarize(run: Run) -> dict[str, Any]:
         "comm_mode": run.recipe.comm.mode,
         "comm_mode_used": run.comm_mode,
         "sent_bytes": counters.sent_bytes,
+        "far_bytes": counters.far_bytes,
         "fp32_bytes": counters.fp32_bytes,
         "bf16_bytes": counters.bf16_bytes,
+        **{f"exchange_{name}_seconds": seconds for name, seconds in counters.seconds().items()},
+        "agreement_seconds": totals.agreement_seconds,
         "training_saving_binary_layers": saving.binary_layers,
         "training_saving_model": saving.model,
     }
@@ -75,6 +78,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         f"evaluation {summary['eval_seconds']:.0f} s",
         "bits (min/mean/max)": bits,
         "gradient bytes sent": _sent(summary),
+        "gradient exchange": _exchange(summary),
         "operations saved": f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' training "
         f"operations, {100 * summary['training_saving_model']:.1f} % of the whole model's (CPT's cost formula)",
         "run folder": summary["run_dir"],
@@ -90,10 +94,25 @@ def _sent(summary: dict[str, Any]) -> str:
     sent, fp32, bf16 = summary["sent_bytes"], summary["fp32_bytes"], summary["bf16_bytes"]
     if sent == 0:
         return "none: one rank has nobody to send to"
+    far = f", {readable_size(summary['far_bytes'])} of it to other nodes" if summary["far_bytes"] else ""
     return (
-        f"{readable_size(sent)} per rank; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
+        f"{readable_size(sent)} per rank{far}; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
         f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
         + (f"; comm.mode=auto took {summary['comm_mode_used']}" if summary["comm_mode"] == "auto" else "")
+    )
+
+
+def _exchange(summary: dict[str, Any]) -> str:
+    if summary["sent_bytes"] == 0:
+        return "none"
+    encode, wire, decode, exposed = (
+        summary[f"exchange_{part}_seconds"] for part in ("encode", "wire", "decode", "exposed")
+    )
+    share, agreeing = (part / summary["train_seconds"] for part in (exposed, summary["agreement_seconds"]))
+    host = "host seconds: " if summary["device"] == "cuda" else ""
+    return (
+        f"{host}encode {encode:.3g} s, wire {wire:.3g} s, decode {decode:.3g} s; {exposed:.3g} s of it not hidden by the "
+        f"backward pass ({100 * share:.1f} % of the time), ranks agreeing {100 * agreeing:.2f} %"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,7 @@ def restore(run: Run, folder: Path) -> None:
         if meta["world_size"] == run.world.size:
             _restore_own(run, read_own(folder, rank=run.world.rank))
         else:
-            if run.world.is_main:
-                log.warning(
-                    "%s was written by %d ranks, this run has %d: normalization statistics are their average, "
-                    "residuals of the all-reduce start from zero",
-                    folder.name,
-                    meta["world_size"],
-                    run.world.size,
-                )
-            first = read_own(folder, rank=0)
-            run.train_loader.load_state_dict(first["data"])
-            run.reducer.counters.load_state_dict(first["reducer"]["counters"])
+            _restore_of_others(run, folder, old_size=meta["world_size"])
         run.step = meta["step"]
 
     all_succeed(run.world, load, what=f"loading checkpoint {folder}")
@@ -87,6 +78,32 @@ def _restore_own(run: Run, own: dict[str, Any]) -> None:
     run.reducer.load_state_dict(own["reducer"])
     run.train_loader.load_state_dict(own["data"])
     set_random_state(own["random"])
+
+
+def _restore_of_others(run: Run, folder: Path, *, old_size: int) -> None:
+    """What can be kept of ranks that were more or fewer: counters and position of rank 0, residuals shared out anew."""
+    if run.recipe.comm.error_feedback and 1 in (old_size, run.world.size):
+        residuals = "one rank quantizes nothing: residuals of the all-reduce start from zero"
+    else:
+        residuals = "residuals of the all-reduce are shared out anew"
+    if run.world.is_main:
+        log.warning(
+            "%s was written by %d ranks, this run has %d: normalization statistics are their average%s",
+            folder.name,
+            old_size,
+            run.world.size,
+            f", {residuals}" if run.recipe.comm.error_feedback else "",
+        )
+    first = read_own(folder, rank=0, at=["reducer", "counters"])
+    run.reducer.counters.load_state_dict(first)
+    run.train_loader.load_state_dict(read_own(folder, rank=0, at=["data"]))
+
+    def read(rank: int, phase: str) -> Mapping[str, torch.Tensor]:
+        if old_size == 1:
+            return {}
+        return read_own(folder, rank=rank, at=["reducer", "residuals", phase])
+
+    run.reducer.reshard_residuals(old_size, read)
 
 
 def seed_generators(seed: int) -> None:

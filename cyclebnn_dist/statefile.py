@@ -6,6 +6,7 @@ Tensors are stored under their path; everything else is one JSON text in the fil
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ def write_state(path: Path, state: Any) -> None:
     save_file(tensors, str(path), metadata={TREE: json.dumps(tree)})
 
 
-def read_state(path: Path) -> Any:
-    """What ``write_state`` was given, with tensors on the CPU."""
+def read_state(path: Path, *, at: Sequence[str] = ()) -> Any:
+    """What ``write_state`` was given, with tensors on the CPU; of nested dicts only what lies under the keys ``at``.
+
+    Raises:
+        KeyError: if there is nothing under these keys.
+    """
     with safe_open(str(path), framework="pt", device="cpu") as file:
         tree = json.loads(file.metadata()[TREE])
+        for key in at:
+            tree = dict(tree["dict"])[key]
         return _decode(tree, file)
 
 

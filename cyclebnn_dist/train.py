@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cyclebnn_dist import loop, resume
-from cyclebnn_dist.agreement import Agreement, digest
+from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch, total_steps
 from cyclebnn_dist.binary import Health, parameter_kinds, scheduled_precision
 from cyclebnn_dist.checkpoint import newest_checkpoint, read_meta
@@ -39,7 +39,7 @@ from cyclebnn_dist.run_folder import (
     write_verdict,
 )
 from cyclebnn_dist.timm_import import timm
-from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main
+from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
 
 log = logging.getLogger(__name__)
 
@@ -149,32 +149,31 @@ def assemble(
         model.named_parameters(),
         seed=recipe.run.seed,
         timeout_seconds=recipe.run.collective_timeout_seconds,
+        ranks_per_node=ranks_per_node(world) if recipe.comm.hierarchical else 1,
         **place,
     )
     length = {"total_steps": run_steps, "steps_per_epoch": epoch_steps}
-    verdict = settle_mode(
-        recipe,
-        world,
-        reducer,
-        build_schedule(precision, **length, warn=False),
-        run_dir=run_dir,
-        checkpoint=checkpoint,
-    )
-    comm_mode = verdict.mode if verdict else fixed_mode(recipe.comm.mode)
-    precision = communicated_precision(precision, comm_mode, world_size=world.size)
-    schedule = build_schedule(precision, **length, warn=world.is_main)
-    engine = DDPEngine(
-        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
-    )
+    wished = build_schedule(precision, **length, warn=False)
     agreement = Agreement(
         world,
         {
             "recipe": recipe_digest(recipe),
-            "communication mode": digest(comm_mode),
+            "communication mode": recipe.comm.mode,
+            "schedule": wished.digest(),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
+            "backend": reducer.backend,
         },
         timeout_seconds=recipe.run.collective_timeout_seconds,
+    )
+    agreement.compare_constants()
+    verdict = settle_mode(recipe, world, reducer, wished, run_dir=run_dir, checkpoint=checkpoint)
+    comm_mode = verdict.mode if verdict else fixed_mode(recipe.comm.mode)
+    precision = communicated_precision(precision, comm_mode, world_size=world.size)
+    schedule = build_schedule(precision, **length, warn=world.is_main)
+    agreement.settle({"communication mode": comm_mode, "schedule": schedule.digest()})
+    engine = DDPEngine(
+        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
     )
     train_loader = TrainLoader(
         train_images,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +20,9 @@ from cyclebnn_dist.config import RecipeError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+STRAGGLER_SECONDS = 2.0
+"""How long ranks that have found a difference wait for others to come and hear of it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,9 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
     """Collective: every rank calls this. Set up the default process group and the control group.
 
     NCCL on GPUs, Gloo on CPUs; a world of one makes a group of one, so that everything after takes one path.
+
+    Raises:
+        RuntimeError: on every rank that came, if they differ in the size of the world, kind of device or libraries.
     """
     if world.source == "slurm":
         import submitit.helpers
@@ -89,8 +99,117 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store = open_store(world, timeout=timeout)
+        compare_at_the_door(world, dist.PrefixStore("door", store), timeout_seconds=timeout_seconds)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("groups", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+        )
     return replace(world, control=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def open_store(world: World, *, timeout: timedelta) -> dist.Store:
+    """The key-value store at MASTER_ADDR and MASTER_PORT, which rank 0 hosts unless torchrun's agent does.
+
+    Unlike torch's own rendezvous it does not wait for a full world, whose size ranks may have been told differently.
+    """
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=world.rank == 0 and not hosted_by_agent,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"cyclebnn_dist/{attempt}", store)
+
+
+def compare_at_the_door(world: World, store: dist.Store, *, timeout_seconds: float) -> None:
+    """Collective: every rank calls this. Compare what must be the same before ranks can form a group at all.
+
+    Raises:
+        RuntimeError: on every rank that came, naming who differs from rank 0 and in what; or if one does not come.
+    """
+    facts = {"world size": world.size, "device": world.device.type, "libraries": library_versions()}
+    store.set(f"facts/{world.rank}", json.dumps(facts))
+    if not world.is_main:
+        verdict = store.get("verdict").decode()
+        store.add("told", 1)
+    else:
+        absent, lines, deadline = set(range(1, world.size)), [], time.monotonic() + timeout_seconds
+        while absent and time.monotonic() < deadline:
+            arrived = {rank for rank in absent if store.check([f"facts/{rank}"])}
+            for rank in sorted(arrived):
+                theirs = json.loads(store.get(f"facts/{rank}"))
+                lines += [
+                    f"  {name}: {value} on rank 0, {theirs[name]} on rank {rank}"
+                    for name, value in facts.items()
+                    if theirs[name] != value
+                ]
+            absent -= arrived
+            if lines and deadline > time.monotonic() + STRAGGLER_SECONDS:
+                deadline = time.monotonic() + STRAGGLER_SECONDS
+            if absent:
+                time.sleep(0.02)
+        if lines:
+            lines.insert(0, "ranks cannot form one world; all of them stop")
+        elif absent:
+            lines.append(f"rank {', '.join(map(str, sorted(absent)))} of {world.size} did not come")
+        verdict = "\n".join(lines)
+        store.set("verdict", verdict)
+        if verdict:
+            # Others lose the store, and the message in it, when this process ends.
+            told_by = time.monotonic() + STRAGGLER_SECONDS
+            while store.add("told", 0) < world.size - 1 - len(absent) and time.monotonic() < told_by:
+                time.sleep(0.02)
+    if verdict:
+        raise RuntimeError(verdict)
+
+
+@cache
+def library_versions() -> str:
+    """Versions of the libraries whose arithmetic must match between ranks, as one line of text."""
+    names = ("torch", "numpy", "numba", "timm", "cyclebnn-dist")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def ranks_per_node(world: World) -> int:
+    """Collective: every rank calls this. How many ranks each node holds, from LOCAL_WORLD_SIZE or Slurm.
+
+    Raises:
+        RecipeError: on every rank, if that is unknown, differs between nodes, or nodes do not hold consecutive ranks.
+    """
+    local_size = local_world_size()
+    facts = gather_objects(world, (local_size, world.local_rank))
+    if 0 in {size for size, _ in facts}:
+        raise RecipeError(
+            "comm.hierarchical",
+            "how many ranks a node holds is not known",
+            "start with torchrun or python -m launch, or set LOCAL_WORLD_SIZE on every rank",
+        )
+    if any(fact != (local_size, rank % local_size) for rank, fact in enumerate(facts)) or (
+        world.size % local_size
+    ):
+        raise RecipeError(
+            "comm.hierarchical",
+            f"ranks are not spread evenly over nodes, consecutive ones on each: (ranks of its node, place) is {facts}",
+            "give every node the same number of ranks, in order, or set it to false",
+        )
+    return local_size
+
+
+def local_world_size(*, environ: dict[str, str] | None = None) -> int:
+    """Ranks of this node as LOCAL_WORLD_SIZE or SLURM_NTASKS_PER_NODE says; 0 if neither does."""
+    env = os.environ if environ is None else environ
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if env.get(name, "").isdigit():
+            return int(env[name])
+    return 0
 
 
 def leave_world() -> None:

@@ -57,7 +57,13 @@ def exchange(backend, *, name, unbiased, bits, size, full, device="cpu"):
     codec.add_pieces(message, pieces, rows, bits=bits)
     codec.add_pieces(message, pieces, rows, bits=bits)
     codec.encode_pieces(
-        rows.view(-1), pieces.as_rows(size), answer, bits=bits, words=words, phase=2, rotated=True
+        rows.view(-1),
+        pieces.as_rows(size, whole=name == "hadamard" and bits <= 8),
+        answer,
+        bits=bits,
+        words=words,
+        phase=2,
+        rotated=True,
     )
     codec.decode_pieces(answer, pieces, decoded, bits=bits, words=words)
     there, back = rows.clone(), rows.clone()

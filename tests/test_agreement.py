@@ -7,15 +7,28 @@ from worlds import make_world
 
 from cyclebnn_dist.agreement import Agreement, compare_parameters, digest
 
+CONSTANTS = {
+    "recipe": 11,
+    "schedule": 12,
+    "communication mode": "quantized",
+    "parameter layout": 13,
+    "codec": 14,
+    "backend": "numba over gloo",
+    "library versions": "torch 2.13.0",
+}
+
 
 def exchange(rank, size, field, by_rank):
     """Run two steps of the agreement in which ``field`` has the value of ``by_rank``; return messages or flags."""
-    world = make_world(rank, size)
-    constants = {"recipe": 11, "parameter layout": 12, "codec": 13, "communication mode": 14}
     value = by_rank[rank]
-    if field in constants:
-        constants[field] = value
-    agreement = Agreement(world, constants, timeout_seconds=60.0)
+    changed = {field: value} if field in CONSTANTS else {}
+    world = make_world(rank, size)
+    agreement = Agreement(world, CONSTANTS | changed, timeout_seconds=10.0)
+    messages = []
+    try:
+        agreement.compare_constants()
+    except RuntimeError as error:
+        messages.append(str(error))
     try:
         stops = []
         for step in (0, 1):
@@ -26,24 +39,57 @@ def exchange(rank, size, field, by_rank):
             )
             stops.append(agreement.finish())
     except RuntimeError as error:
-        return str(error)
+        return [*messages, str(error)]
     return stops
 
 
-@pytest.mark.parametrize(
-    "field", ["recipe", "communication mode", "parameter layout", "codec", "step", "widths"]
-)
+@pytest.mark.parametrize("field", [*CONSTANTS, "step", "widths"])
 def test_a_difference_stops_every_rank_and_names_who_differs_in_what(ranks, field):
-    messages = ranks(3, exchange, field, [7, 8, 7])
-    assert len(set(messages)) == 1
-    assert f"disagree in {field}" in messages[0]
-    assert "7 on ranks 0, 2" in messages[0]
-    assert "8 on rank 1" in messages[0]
+    values = [f"version {n}" for n in (7, 8, 7)] if isinstance(CONSTANTS.get(field), str) else [7, 8, 7]
+    of_ranks = ranks(3, exchange, field, values)
+    assert of_ranks[0] == of_ranks[1] == of_ranks[2]
+    assert len(of_ranks[0]) == (2 if field in CONSTANTS else 1), (
+        "at the start if it can be, and at every step"
+    )
+    for message in of_ranks[0]:
+        assert f"ranks disagree in {field}; all ranks stop" in message
+        assert f"{values[0]} on ranks 0, 2" in message
+        assert f"{values[1]} on rank 1" in message
 
 
 def test_ranks_that_agree_go_on_and_one_request_stops_all(ranks):
     assert ranks(3, exchange, "none", [0, 0, 0]) == [[False, False]] * 3
     assert ranks(3, exchange, "stop", [0, 1, 0]) == [[False, True]] * 3
+
+
+def fall_behind(rank, size):
+    """Rank 1 leaves out one step by itself, as a loop that skips a bad batch would."""
+    agreement = Agreement(make_world(rank, size), CONSTANTS, timeout_seconds=10.0)
+    for step in range(6):
+        if rank == 1 and step == 3:
+            continue
+        agreement.begin(step, widths=5, stop=False)
+        try:
+            agreement.finish()
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+def test_a_rank_that_left_out_a_step_is_found_at_once(ranks):
+    (message,) = set(ranks(3, fall_behind))
+    assert "disagree in step;" in message
+    assert "3 on ranks 0, 2; 4 on rank 1" in message
+
+
+def vote(rank, size, bad):
+    agreement = Agreement(make_world(rank, size), CONSTANTS, timeout_seconds=10.0)
+    return [agreement.all_finite(rank != bad), agreement.all_finite(True)]
+
+
+def test_one_rank_with_a_bad_gradient_makes_all_skip(ranks):
+    assert ranks(3, vote, 2) == [[False, True]] * 3
+    assert ranks(1, vote, 0) == [[False, True]]
 
 
 def drift(rank, size, drifting):

@@ -176,3 +176,21 @@ def test_a_run_folder_of_another_recipe_is_refused_by_name(start):
     assert status == 2, output
     assert "optim.lr" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.long
+def test_killed_with_four_ranks_resumed_with_two_killed_and_resumed_with_four(start):
+    """comm.check_every=1 compares all parameters across ranks after every step."""
+    for ranks, step, rank in [(4, 2, 3), (2, 5, 0)]:
+        killed = start("moving", ranks=ranks)
+        killed.wait_for_step(step, seconds=120)
+        killed.kill_rank(rank)
+        status, output = killed.wait(seconds=60)
+        assert status == 1, output
+    resumed = start("moving", ranks=4)
+    status, output = resumed.wait(seconds=240)
+    assert status == 0, output
+    assert "was written by 2 ranks, this run has 4" in output
+    assert "residuals of the all-reduce are shared out anew" in output
+    summary = json.loads((resumed.run_dir / "summary.json").read_text())
+    assert (summary["steps"], summary["ranks"]) == (10, 4)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cyclebnn_dist.comm import build_reducer, register_hook
-from cyclebnn_dist.config.recipe import CommConfig
+from cyclebnn_dist.comm import Reducer, build_reducer, register_hook
+from cyclebnn_dist.config.recipe import CommConfig, EngineConfig
+from cyclebnn_dist.engine import DDPEngine
 
 BITS = [4, 2, 8, 16, 1, 32, 3]
 
@@ -137,6 +138,155 @@ def train_with_feedback(rank, n):
 def test_error_feedback_does_not_depend_on_buckets_either(ranks):
     results = [parameters for pair in ranks(2, train_with_feedback) for parameters in pair]
     assert all(same(parameters, results[0]) for parameters in results)
+
+
+def record_buckets(rank, n, options):
+    """How many buckets each step has, and the number of elements of the first one."""
+    recorded = []
+    submit, begin = Reducer.reduce_flat, Reducer.begin_step
+
+    def counted(self, flat, *, parameters):
+        recorded[-1].append(flat.numel())
+        return submit(self, flat, parameters=parameters)
+
+    def begun(self, *args, **kwargs):
+        recorded.append([])
+        return begin(self, *args, **kwargs)
+
+    Reducer.reduce_flat, Reducer.begin_step = counted, begun
+    try:
+        parameters, _ = train(rank, n, {"bucket_cap_mb": 0.01, **options}, steps=4, feedback=True)
+    finally:
+        Reducer.reduce_flat, Reducer.begin_step = submit, begin
+    return parameters, recorded
+
+
+@pytest.mark.parametrize(("options", "giant_steps"), [({}, 1), ({"static_graph": True}, 2)])
+@pytest.mark.parametrize("views", [True, False])
+def test_one_giant_bucket_comes_first_and_rebuilding_changes_nothing(ranks, options, giant_steps, views):
+    uncut, _ = ranks(2, record_buckets, {"bucket_cap_mb": 25})[0]
+    for parameters, steps in ranks(2, record_buckets, {**options, "gradient_as_bucket_view": views}):
+        whole = sum(p.numel() for p in parameters.values())
+        assert [step == [whole] for step in steps] == [index < giant_steps for index in range(4)]
+        assert all(len(step) > 1 and sum(step) == whole for step in steps[giant_steps:])
+        assert same(parameters, uncut), "residuals included: DDP's buckets are not the unit of anything"
+
+
+def train_with_absent_parameters(rank, n, views):
+    """A layer no rank uses, and gradients that are summed over two passes; beside it the same with DDP's own reduction."""
+    options = {"find_unused_parameters": True, "gradient_as_bucket_view": views, "bucket_cap_mb": 0.01}
+    ours, _ = train(rank, n, options, steps=3, bits=[32], accumulation=2)
+    plain, _ = train(rank, n, options, steps=3, bits=[32], accumulation=2, hook=False)
+    quantized, _ = train(rank, n, options, steps=3, bits=[4], accumulation=2, feedback=True)
+    return ours, plain, quantized
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_layers_that_nobody_uses_stay_and_the_others_learn(ranks, views):
+    results = ranks(3, train_with_absent_parameters, views)
+    for ours, plain, quantized in results:
+        for name, value in plain.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+        assert same(quantized, results[0][2])
+        assert torch.equal(quantized["spare.weight"], plain["spare.weight"])
+
+
+def train_with_loss_scale(rank, n, overflow):
+    """Parameters, residuals and loss scale of mixed precision training in which one rank may overflow in one step."""
+    torch.manual_seed(0)
+    model = Net(spare=False)
+    comm = CommConfig(block_size=64, small_numel=500, error_feedback=True)
+    device = torch.device("cpu")
+    reducer = build_reducer(comm, model.named_parameters(), rank=rank, world_size=n, seed=1, device=device)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_scale": 1.0}], lr=0.1)
+    engine = DDPEngine(model, optimizer, reducer, config=EngineConfig(), amp="bf16", device=device)
+    engine._scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+    data = torch.Generator().manual_seed(rank)
+    history = []
+    for step in range(5):
+        engine.begin_step(step, lr=0.1, communication_bits=BITS[step])
+        images, labels = torch.randn(8, 3, 9, 9, generator=data), torch.randint(40, (8,), generator=data)
+        loss = nn.functional.cross_entropy(engine.forward(images), labels)
+        engine.backward(loss * (1e38 if overflow and rank == 1 and step == 2 else 1.0))
+        skip = not bool(torch.isfinite(engine.clip(0.0)))
+        engine.step(skip=skip)
+        residuals = {
+            f"{phase}/{name}": error.clone()
+            for phase, errors in reducer.state_dict()["residuals"].items()
+            for name, error in errors.items()
+        }
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+        history.append((skip, engine._scaler.get_scale(), parameters, residuals))
+    reducer.close()
+    return history
+
+
+def test_an_overflow_skips_the_step_on_all_ranks_and_leaves_no_trace_in_residuals(ranks):
+    of_ranks = ranks(2, train_with_loss_scale, True)
+    for history in of_ranks:
+        assert [skip for skip, *_ in history] == [False, False, True, False, False]
+        assert [scale for _, scale, *_ in history] == [256.0, 512.0, 256.0, 256.0, 512.0]
+        assert same(history[1][2], history[2][2])
+        assert same(history[1][3], history[2][3])
+        assert not same(history[2][3], history[3][3])
+        assert all(bool(torch.isfinite(error).all()) for error in history[-1][3].values())
+    for (_, _, first, _), (_, _, second, _) in zip(*of_ranks, strict=True):
+        assert same(first, second)
+
+
+def reduce_a_tiny_model(rank, n, views):
+    """Three elements over four ranks: most ranks own nothing of anything."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    comm = CommConfig(block_size=64, small_numel=0)
+    reducer = build_reducer(
+        comm, model.named_parameters(), rank=rank, world_size=n, seed=1, device=torch.device("cpu")
+    )
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=views)
+    register_hook(wrapped, reducer)
+    found = {}
+    for step, bits in enumerate([1, 4, 8, 16, 32]):
+        reducer.begin_step(step, bits)
+        wrapped.zero_grad()
+        with reducer.reraising():
+            wrapped(torch.tensor([[1.0 + rank, -2.0 * rank]])).sum().backward()
+        found[bits] = model.weight.grad.clone(), model.bias.grad.clone()
+    reducer.close()
+    return found
+
+
+@pytest.mark.parametrize("views", [True, False])
+def test_fewer_elements_than_ranks_are_averaged_too(ranks, views):
+    results = ranks(4, reduce_a_tiny_model, views)
+    for found in results:
+        for bits, (weight, bias) in found.items():
+            assert torch.equal(weight, results[0][bits][0])
+            assert torch.equal(bias, torch.ones(1)), "1-D, so it travels as it is"
+            if bits >= 8:
+                torch.testing.assert_close(weight, torch.tensor([[2.5, -3.0]]), rtol=0.1, atol=0.1)
+        assert torch.equal(found[32][0], torch.tensor([[2.5, -3.0]]))
+
+
+def join_with_uneven_data(rank, n):
+    model = nn.Linear(40, 40)
+    reducer = build_reducer(
+        CommConfig(), model.named_parameters(), rank=rank, world_size=n, seed=1, device=torch.device("cpu")
+    )
+    wrapped = DistributedDataParallel(model)
+    register_hook(wrapped, reducer)
+    try:
+        with wrapped.join():
+            raise AssertionError("entered")
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        reducer.close()
+
+
+def test_join_is_refused_on_every_rank_before_it_begins(ranks):
+    for message in ranks(2, join_with_uneven_data):
+        assert "join is not supported" in message
+        assert "equally many batches" in message
 
 
 def fall_out_of_step(rank, n):

@@ -14,7 +14,14 @@ def test_totals_count_bits_of_the_steps_that_ran_and_survive_a_restart():
     totals = Totals()
     for bits, count in ((2, 3), (8, 1)):
         for _ in range(count):
-            totals.add_step(Widths(4, 8, bits), images=64, seconds=0.5, data_seconds=0.1, skipped=bits == 8)
+            totals.add_step(
+                Widths(4, 8, bits),
+                images=64,
+                seconds=0.5,
+                data_seconds=0.1,
+                agreement_seconds=0.01,
+                skipped=bits == 8,
+            )
     restored = Totals()
     restored.load_state_dict(json.loads(json.dumps(totals.state_dict())))
     assert restored == totals

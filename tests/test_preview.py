@@ -43,7 +43,12 @@ def send(rank, n, comm, steps):
 
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize(
-    "comm", [{}, {"codec": "absmax", "small_bits": 16, "error_feedback": True}, {"codec": "minmax"}]
+    "comm",
+    [
+        {},
+        {"codec": "absmax", "small_bits": 16, "error_feedback": True},
+        {"codec": "minmax", "second_phase_extra_bits": 2},
+    ],
 )
 def test_bytes_foretold_are_the_bytes_that_ranks_count(ranks, n, comm):
     width = WidthConfig(
@@ -64,6 +69,7 @@ def test_bytes_foretold_are_the_bytes_that_ranks_count(ranks, n, comm):
         block_size=used.block_size,
         small_bits=used.small_bits,
         small_numel=used.small_numel,
+        second_phase_extra_bits=used.second_phase_extra_bits,
     )
     places = {name: place for place, name in enumerate(SHAPES)}
     buckets = Buckets(

@@ -8,6 +8,7 @@ from ranks import RankPool
 
 from cyclebnn_dist.comm import Codec, MismatchError, Reducer, build_layout, build_reducer, transport
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
+from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.config.recipe import CommConfig
 
 CPU = torch.device("cpu")
@@ -33,10 +34,16 @@ def gradients_of(rank, step):
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def make_reducer(rank, n, *, shapes=SHAPES, **comm):
+def make_reducer(rank, n, *, shapes=SHAPES, ranks_per_node=1, **comm):
     named = [(name, torch.empty(shape)) for name, shape in shapes.items()]
     return build_reducer(
-        CommConfig(**{"block_size": 64, **comm}), named, rank=rank, world_size=n, seed=9, device=CPU
+        CommConfig(**{"block_size": 64, **comm}),
+        named,
+        rank=rank,
+        world_size=n,
+        seed=9,
+        device=CPU,
+        ranks_per_node=ranks_per_node,
     )
 
 
@@ -68,8 +75,8 @@ def average_in_every_grouping(rank, n, comm):
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "comm",
-    [{}, {"codec": "absmax", "small_bits": 16}, {"codec": "minmax"}],
-    ids=["hadamard", "absmax", "minmax"],
+    [{}, {"second_phase_extra_bits": 2}, {"codec": "absmax", "small_bits": 16}, {"codec": "minmax"}],
+    ids=["hadamard", "wider means", "absmax", "minmax"],
 )
 def test_the_result_is_the_same_on_all_ranks_and_in_all_buckets(ranks, n, comm):
     results = ranks(n, average_in_every_grouping, comm)
@@ -139,6 +146,86 @@ def test_the_error_of_the_mean_is_that_of_two_roundings(ranks, n, common):
             assert found < 1.2 * independent, f"{bits} bits"
         else:
             assert found == pytest.approx(independent, rel=0.07), f"{bits} bits"
+
+
+def average_with_wider_means(rank, n):
+    reducer = make_reducer(rank, n, shapes={"g": (512, 256)}, block_size=256, second_phase_extra_bits=4)
+    tensors = {"g": noisy_gradient(rank, 0.0)}
+    reducer.reduce(tensors, step=0, bits=4).wait()
+    reducer.close()
+    return tensors["g"]
+
+
+def test_wider_means_leave_the_error_of_the_first_phase_only(ranks):
+    mean = torch.stack([noisy_gradient(rank, 0.0) for rank in range(4)]).mean(dim=0)
+    error = float((ranks(4, average_with_wider_means)[0] - mean).square().sum() / mean.square().sum())
+    assert error == pytest.approx(GAUSSIAN_DISTORTION[4] / (1 - GAUSSIAN_DISTORTION[4]), rel=0.07)
+
+
+def error_of_many_ranks(num_ranks, noise, bits):
+    """Relative error of the mean of gradients ``signal + noise``, computed in one process with the codec of both phases."""
+    size, num_blocks = 256, 64
+    codec, index = Codec(block_size=size), torch.arange(num_blocks)
+
+    def message(width):
+        codes_at = 2 * num_blocks + index * (size * width // 8)
+        pieces = Pieces(index * size, torch.full_like(index, size), 0 * index, index, 2 * index, codes_at)
+        return pieces, torch.zeros(num_blocks * (2 + size * width // 8), dtype=torch.uint8)
+
+    generator = torch.Generator().manual_seed(3)
+    signal = torch.randn(num_blocks * size, generator=generator)
+    rows, mean = torch.zeros(num_blocks, size), torch.zeros(num_blocks * size)
+    pieces, sent = message(bits[0])
+    for _ in range(num_ranks):
+        gradient = signal + noise**0.5 * torch.randn(num_blocks * size, generator=generator)
+        mean += gradient / num_ranks
+        codec.encode_pieces(gradient, pieces, sent, bits=bits[0], words=(5, 6), phase=1)
+        codec.add_pieces(sent, pieces, rows, bits=bits[0])
+    pieces, sent = message(bits[1])
+    rows /= num_ranks
+    codec.encode_pieces(rows.view(-1), pieces, sent, bits=bits[1], words=(5, 6), phase=2, rotated=True)
+    result = torch.empty_like(mean)
+    codec.decode_pieces(sent, pieces, result, bits=bits[1], words=(5, 6))
+    return float((result - mean).square().sum() / mean.square().sum())
+
+
+@pytest.mark.parametrize(("num_ranks", "noise", "pays"), [(128, 10.0, True), (8, 20.0, False)])
+def test_a_wider_second_phase_pays_with_many_ranks_and_not_with_few(num_ranks, noise, pays):
+    """At the same bytes, as Layout.mean_width says: R/N is 0.08 here and 0.75 there."""
+    even, split = (error_of_many_ranks(num_ranks, noise, bits) for bits in ((3, 3), (2, 4)))
+    assert split < 0.7 * even if pays else split > 1.5 * even
+
+
+def average_incomplete_blocks(rank, n, codec):
+    """Relative error of the mean of parameters that are shorter than a block, at each width."""
+    shapes = {f"p{i}": (i % 13 + 1, 3) for i in range(300)}
+    reducer = make_reducer(rank, n, shapes=shapes, block_size=64, small_numel=0, codec=codec)
+    errors = {}
+    for bits in range(1, 9):
+        tensors = {
+            name: torch.randn(shape, generator=torch.Generator().manual_seed(i))
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+        mean = {name: tensor.clone() for name, tensor in tensors.items()}
+        reducer.reduce(tensors, step=bits, bits=bits).wait()
+        lost = sum(float((tensors[name] - mean[name]).square().sum()) for name in shapes)
+        errors[bits] = lost / sum(float(g.square().sum()) for g in mean.values())
+    reducer.close()
+    return errors
+
+
+@pytest.mark.parametrize("codec", ["hadamard", "absmax", "minmax"])
+def test_blocks_that_are_mostly_padding_arrive_as_well_as_full_ones(ranks, codec):
+    """Ranks agree here, so that each of the two roundings adds its whole error."""
+    errors = ranks(2, average_incomplete_blocks, codec)[0]
+    for bits, error in errors.items():
+        if codec != "hadamard":
+            assert error < {1: 9, 2: 1.0, 3: 0.1}.get(bits, 0.02), f"{bits} bits"
+        elif bits <= 5:
+            one = GAUSSIAN_DISTORTION[bits] / (1 - GAUSSIAN_DISTORTION[bits])
+            assert error < 1.25 * (one + one * (1 + one)), f"{bits} bits"
+        else:
+            assert error < 2 * 1.1 * 0.25 ** (bits - 6) * 7.86e-4, f"{bits} bits"
 
 
 def count_independently(rank, n):

@@ -1,9 +1,15 @@
 """Without these, error feedback would lose gradient, be poisoned by one bad step, or be forgotten by a checkpoint."""
 
+from fractions import Fraction
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cyclebnn_dist.comm import build_reducer
+from cyclebnn_dist.comm.layout import ParameterLayout
+from cyclebnn_dist.comm.reshard import old_shares
 from cyclebnn_dist.config.recipe import CommConfig
 
 CPU = torch.device("cpu")
@@ -95,6 +101,60 @@ def test_residuals_survive(ranks, kind):
                 assert torch.equal(residuals[phase][name], disturbed[phase][name])
                 assert bool(torch.isfinite(disturbed[phase][name]).all())
         assert float(residuals["gradient"]["odd"].abs().max()) > 0
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_what_is_owed_to_the_mean_is_the_same_before_and_after_resharding(old_size, new_size):
+    weights = [old_shares(old_size, new_size, rank) for rank in range(new_size)]
+    assert all(sum(shares.values()) == 1 for shares in weights)
+    for old in range(old_size):
+        assert sum(shares.get(old, 0) for shares in weights) / new_size == Fraction(1, old_size)
+    assert max(len(shares) for shares in weights) <= old_size // new_size + 2
+
+
+def live_on(rank, n, lives, first_step):
+    """Four steps in a world of ``n`` that goes on from the residuals of ``lives``; what was averaged, what it was of."""
+    reducer = make_reducer(rank, n)
+    if lives:
+        reducer.reshard_residuals(len(lives), lambda old, phase: lives[old][phase])
+    results, before = [], {kind: dict(errors) for kind, errors in reducer.state_dict()["residuals"].items()}
+    before = {kind: {name: e.clone() for name, e in errors.items()} for kind, errors in before.items()}
+    for step in range(first_step, first_step + 4):
+        results.append(reduced(reducer, gradients_of(rank, step), step=step, bits=BITS[step % 3]))
+    after = reducer.state_dict()["residuals"]
+    reducer.close()
+    return results, before, after
+
+
+def owed(residuals, name):
+    """What residuals of all ranks will add to an averaged gradient: fp64, flat."""
+    n = len(residuals)
+    gradient = sum(errors["gradient"][name].double() for errors in residuals) / n
+    numel = gradient.numel()
+    index = list(SHAPES).index(name)
+    slices = [ParameterLayout(index, name, numel, False, 64, n).owned_elements(rank) for rank in range(n)]
+    for part, errors in zip(slices, residuals, strict=True):
+        gradient[part.start : part.stop] += errors["mean"][name].double()
+    return gradient
+
+
+def test_nothing_is_lost_from_four_ranks_to_two_to_four_to_three(ranks):
+    """Over all lives: averaged gradients = true means + what was owed at the start (nothing) - what is owed at the end."""
+    lives, arrived, true = [], dict.fromkeys(WIDE, 0.0), dict.fromkeys(WIDE, 0.0)
+    for life, n in enumerate([4, 2, 4, 3]):
+        outcomes = ranks(n, live_on, lives, 4 * life)
+        if lives:
+            for name in WIDE:
+                before = owed([before for _, before, _ in outcomes], name)
+                torch.testing.assert_close(before, owed(lives, name), rtol=1e-6, atol=1e-6)
+                assert float(before.abs().max()) > 0.05
+        lives = [after for *_, after in outcomes]
+        for index, step in enumerate(range(4 * life, 4 * life + 4)):
+            for name in WIDE:
+                arrived[name] += outcomes[0][0][index][name].double().view(-1)
+                true[name] += sum(gradients_of(rank, step)[name].double().view(-1) for rank in range(n)) / n
+    for name in WIDE:
+        torch.testing.assert_close(arrived[name] + owed(lives, name), true[name], rtol=1e-5, atol=2e-5)
 
 
 def restore_of_other_ranks(rank, n):

@@ -9,11 +9,15 @@ from launching import TINY_RECIPE
 from safetensors.torch import load_file
 from worlds import make_world
 
-from cyclebnn_dist import evaluate, train
+from cyclebnn_dist import agreement, evaluate, resume, train
+from cyclebnn_dist.agreement import parameter_hash
 from cyclebnn_dist.binary.methods import CycleBNN
+from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal
+
+BACKEND = Reducer.backend
 
 
 @pytest.fixture
@@ -50,6 +54,24 @@ def test_parameters_are_bit_identical_on_all_ranks_and_bytes_are_those_of_the_mo
     assert summary["bits"]["communication"]["max"] == {"quantized": 8, "bf16": 16, "fp32": 32}[mode]
 
 
+def test_time_in_the_exchange_is_in_every_row_and_in_the_summary(ranks, recipe_file):
+    assert ranks(2, run, recipe_file, ["train.epochs=1", "run.log_every=2"]) == [0, 0]
+    run_dir = recipe_file.parent / "run"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    rows = [row for row in read_journal(run_dir) if row["event"] == "train"]
+    steps = [2, 2, 1]
+    for name in ("encode", "wire", "decode", "exposed"):
+        per_step = [row[f"{name}_seconds"] for row in rows]
+        assert min(per_step) > 0
+        total = sum(seconds * n for seconds, n in zip(per_step, steps, strict=True))
+        assert total == pytest.approx(summary[f"exchange_{name}_seconds"])
+    agreeing = sum(row["agreement_seconds"] * n for row, n in zip(rows, steps, strict=True))
+    assert 0 < agreeing == pytest.approx(summary["agreement_seconds"])
+    text = (run_dir / "summary.txt").read_text()
+    assert "not hidden by the backward pass" in text
+    assert "ranks agreeing" in text
+
+
 def test_another_number_of_ranks_goes_on_from_the_same_weights(ranks, recipe_file):
     assert ranks(2, run, recipe_file, ["train.epochs=1"]) == [0, 0]
     run_dir = recipe_file.parent / "run"
@@ -66,6 +88,44 @@ def test_another_number_of_ranks_goes_on_from_the_same_weights(ranks, recipe_fil
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["sent_bytes"] > 0
+
+
+def resume_and_stop(rank, size, path, step):
+    """As ``stop_at``; also the residuals that this rank began with."""
+    restore, begun_with = resume.restore, {}
+
+    def watched(run, folder):
+        restore(run, folder)
+        for phase, errors in run.reducer.state_dict()["residuals"].items():
+            begun_with[phase] = {name: error.clone() for name, error in errors.items()}
+
+    resume.restore = watched
+    try:
+        return stop_at(rank, size, path, step), begun_with
+    finally:
+        resume.restore = restore
+
+
+def mean_of_sent_residuals(run_dir):
+    """By parameter, over the ranks that wrote the newest checkpoint."""
+    files = [load_file(path) for path in sorted(newest(run_dir).glob("rank_*.safetensors"))]
+    names = [key for key in files[0] if key.startswith("reducer/residuals/gradient/")]
+    return {name.split("/")[-1]: sum(file[name].double() for file in files) / len(files) for name in names}
+
+
+def test_four_ranks_two_ranks_four_ranks_owe_the_same_gradient(ranks, recipe_file):
+    assert ranks(4, stop_at, recipe_file, 2) == [train.PREEMPTED] * 4
+    for size, step in [(2, 3), (4, 99)]:
+        saved = mean_of_sent_residuals(recipe_file.parent / "run")
+        outcomes = ranks(size, resume_and_stop, recipe_file, step)
+        assert [status for status, _ in outcomes] == [train.PREEMPTED if step < 99 else train.FINISHED] * size
+        assert saved.keys() == outcomes[0][1]["gradient"].keys()
+        assert max(float(error.abs().max()) for error in saved.values()) > 0
+        for name, expected in saved.items():
+            found = sum(begun["gradient"][name].double() for _, begun in outcomes) / size
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    starts = [row for row in read_journal(recipe_file.parent / "run") if row["event"] == "start"]
+    assert [(row["step"], row["ranks"]) for row in starts] == [(0, 4), (3, 2), (7, 4)]
 
 
 def test_a_longer_run_needs_the_flag_that_says_so(ranks, recipe_file):
@@ -261,23 +321,80 @@ def test_a_folder_that_is_no_runs_is_left_alone(ranks, recipe_file):
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-def diverge(rank, size, path):
-    step = DDPEngine.clip
+def diverge(rank, size, path, steps):
+    """Rank 1 alone finds the averaged gradient of some steps not to be finite; what it then does to the weights."""
+    clip = DDPEngine.clip
+    seen = []
 
     def poisoned(self, max_norm):
-        norm = step(self, max_norm)
-        self._finite = False
-        return norm
+        norm = clip(self, max_norm)
+        seen.append(parameter_hash(self.module))
+        return norm * float("nan") if rank == 1 and len(seen) - 1 in steps else norm
 
     DDPEngine.clip = poisoned
     try:
-        return run(rank, size, path, ["train.max_skipped_steps=3"])
+        answer = run(rank, size, path, ["train.max_skipped_steps=3", "train.epochs=0.8"])
     except RuntimeError as error:
-        return str(error)
+        answer = str(error)
     finally:
-        DDPEngine.clip = step
+        DDPEngine.clip = clip
+    return answer, seen
+
+
+def test_what_one_rank_finds_not_finite_all_skip(ranks, recipe_file):
+    (first, hashes), (second, of_second) = ranks(2, diverge, recipe_file, [1, 2])
+    assert first == second == train.FINISHED
+    assert hashes == of_second
+    assert hashes[0] != hashes[1] == hashes[2] == hashes[3], "steps 1 and 2 moved nothing"
+    assert json.loads((recipe_file.parent / "run" / "summary.json").read_text())["skipped_steps"] == 2
 
 
 def test_gradients_that_stay_non_finite_end_the_run_with_the_steps_named(ranks, recipe_file):
-    for message in ranks(2, diverge, recipe_file):
+    for message, _ in ranks(2, diverge, recipe_file, [0, 1, 2]):
         assert "non-finite gradients in 3 steps in a row, 0 to 2" in message
+
+
+def differ(rank, size, path, what):
+    """One rank is started with something else than the others; what each says."""
+    overrides, restore, versions = [], resume.restore, agreement.library_versions
+    other = rank == 1
+    if other:
+        overrides = {
+            "recipe": ["optim.lr=2e-3"],
+            "schedule": ["precision.communication.cycles=1"],
+            "parameter layout": ["model.kwargs={channels: [16, 32, 32, 32]}"],
+            "codec": ["comm.codec=absmax"],
+        }.get(what, [])
+    if other and what == "step":
+
+        def restore_older(run, folder):
+            restore(run, folder)
+            run.step -= 1
+
+        resume.restore = restore_older
+    if other and what == "library versions":
+        agreement.library_versions = lambda: "torch 1.0"
+    if other and what == "backend":
+        Reducer.backend = property(lambda self: "torch over gloo")
+    try:
+        return str(run(rank, size, path, [*overrides, "run.collective_timeout_seconds=10"]))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        resume.restore, agreement.library_versions, Reducer.backend = restore, versions, BACKEND
+
+
+@pytest.mark.parametrize(
+    "what", ["recipe", "schedule", "parameter layout", "codec", "backend", "library versions", "step"]
+)
+def test_a_rank_started_otherwise_stops_all_and_is_named(ranks, recipe_file, what):
+    if what == "step":
+        assert ranks(2, stop_at, recipe_file, 3) == [train.PREEMPTED, train.PREEMPTED]
+    messages = ranks(2, differ, recipe_file, what)
+    for message in messages:
+        (first, *details) = message.splitlines()
+        assert first.startswith("ranks disagree in ")
+        assert what in first
+        (detail,) = [line for line in details if line.startswith(f"  {what}: ")]
+        assert "on rank 0; " in detail
+        assert detail.endswith("on rank 1")

@@ -1,7 +1,13 @@
 """Without these a process would take the wrong place among the ranks, or half of them would go on after a failure."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+from launching import ROOT
 from worlds import make_world
 
 from cyclebnn_dist.config import RecipeError
@@ -73,3 +79,56 @@ def test_a_failure_of_one_rank_is_everyones(ranks):
     for seen in ranks(2, fail, 0, "recipe"):
         assert "data.path: gone" in seen[0]
         assert seen[1] == "RecipeError: data.path: gone"
+
+
+JOIN = """
+import sys
+from cyclebnn_dist import world
+if sys.argv[1]:
+    world.library_versions = lambda: sys.argv[1]
+here = world.join_world(world.discover_world(), timeout_seconds=20)
+print("joined", world.gather_objects(here, here.rank))
+world.leave_world()
+"""
+
+
+def join(sizes, libraries=("", "")):
+    """What processes print that were told these sizes of the world, and stand in for these library versions."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank, (size, versions) in enumerate(zip(sizes, libraries, strict=False)):
+        place = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-c", JOIN, versions]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, **pipes))
+    return [process.communicate(timeout=60)[0] for process in processes]
+
+
+def test_ranks_that_were_told_the_same_join():
+    assert [output.splitlines()[-1] for output in join([2, 2])] == ["joined [0, 1]"] * 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "libraries", "said"),
+    [
+        ([2, 3], ("", ""), "world size: 2 on rank 0, 3 on rank 1"),
+        ([3, 2], ("", ""), "world size: 3 on rank 0, 2 on rank 1"),
+        (
+            [2, 2],
+            ("torch 2.13.0", "torch 2.12.0"),
+            "libraries: torch 2.13.0 on rank 0, torch 2.12.0 on rank 1",
+        ),
+    ],
+)
+def test_ranks_that_cannot_form_a_world_end_with_who_differs(sizes, libraries, said):
+    for output in join(sizes, libraries):
+        assert "ranks cannot form one world" in output
+        assert said in output
+        assert "joined" not in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from cyclebnn_dist.comm.codec import BlockKey, Codec
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.header import MismatchError
+from cyclebnn_dist.comm.hierarchy import HierarchicalReducer, build_nodes
 from cyclebnn_dist.comm.hook import register_hook
 from cyclebnn_dist.comm.layout import Layout, build_layout
 from cyclebnn_dist.comm.reducer import Reducer
@@ -38,6 +40,7 @@ def build_reducer(
     seed: int,
     device: torch.device,
     timeout_seconds: float | None = None,
+    ranks_per_node: int = 1,
 ) -> Reducer:
     """Collective: every rank calls this. The reducer a recipe asks for, in a process group of its own.
 
@@ -47,6 +50,7 @@ def build_reducer(
         named_parameters: of the model, in model order; gradients arrive with the same shapes.
         seed: of the codec's randomness; the same on all ranks.
         device: of the gradients: NCCL carries those of a GPU, Gloo those of a CPU.
+        ranks_per_node: for ``comm.hierarchical``; ranks n * ranks_per_node and following are node n.
         timeout_seconds: after which a collective fails; None for torch's default.
     """
     layout = build_layout(
@@ -55,19 +59,18 @@ def build_reducer(
         block_size=comm.block_size,
         small_bits=comm.small_bits,
         small_numel=comm.small_numel,
+        second_phase_extra_bits=comm.second_phase_extra_bits,
+        ranks_per_node=ranks_per_node if comm.hierarchical else 1,
     )
     codec = Codec(comm.codec, block_size=comm.block_size, unbiased=not comm.error_feedback)
-    group = None
-    if world_size > 1:
-        codec.warm_up(device)
-        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
-        group = dist.new_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return Reducer(
-        layout,
-        codec,
-        group=group,
-        rank=rank,
-        seed=seed,
-        device=device,
-        error_feedback=comm.error_feedback,
-    )
+    place: dict[str, Any] = {"rank": rank, "seed": seed, "device": device}
+    if world_size == 1:
+        return Reducer(layout, codec, group=None, **place)
+    codec.warm_up(device)
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    group = dist.new_group(backend=backend, timeout=timeout)
+    if layout.ranks_per_node > 1:
+        nodes = build_nodes(layout, rank=rank, backend=backend, timeout=timeout)
+        return HierarchicalReducer(layout, codec, group=group, nodes=nodes, **place)
+    return Reducer(layout, codec, group=group, error_feedback=comm.error_feedback, **place)

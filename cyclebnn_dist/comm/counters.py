@@ -16,6 +16,7 @@ class Counters:
     Attributes:
         sent_bytes: payload of collectives that left this rank for others, headers and padding included.
         fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2.
+        far_bytes: the part of sent_bytes that a hierarchical all-reduce sent to other nodes.
         encode_seconds, wire_seconds, decode_seconds: of the communication thread (on a GPU: of the host, which only
             enqueues).
         wait_seconds: from handing over the last bucket of a backward pass to its end: what was not hidden by it.
@@ -28,12 +29,23 @@ class Counters:
     wire_seconds: float = 0.0
     decode_seconds: float = 0.0
     wait_seconds: float = 0.0
+    far_bytes: int = 0
 
-    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int) -> None:
+    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int, far_bytes: int = 0) -> None:
         """Count the exchange of ``numel`` elements."""
+        self.far_bytes += far_bytes
         self.sent_bytes += sent_bytes
         self.fp32_bytes += 2 * (world_size - 1) / world_size * numel * 4
         self.bf16_bytes += 2 * (world_size - 1) / world_size * numel * 2
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by what they went into: encode, wire, decode, exposed (what the backward pass did not hide)."""
+        return {
+            "encode": self.encode_seconds,
+            "wire": self.wire_seconds,
+            "decode": self.decode_seconds,
+            "exposed": self.wait_seconds,
+        }
 
     @contextmanager
     def timing(self, kind: Literal["encode", "wire", "decode"]) -> Iterator[None]:
@@ -48,4 +60,4 @@ class Counters:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in asdict(self):
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0))

@@ -1,7 +1,7 @@
 """The hook: what DistributedDataParallel calls with every bucket of gradients, in place of its own all-reduce."""
 
 # No postponed annotations here: DDP compares those of a hook with classes, and refuses strings.
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed import GradBucket
@@ -31,8 +31,21 @@ def register_hook(wrapped: DistributedDataParallel, reducer: Reducer) -> None:
     """Let ``wrapped`` average its gradients with ``reducer``; call it before the first backward pass.
 
     Before every backward pass that ends an accumulation, call ``reducer.begin_step``; run the pass within
-    ``reducer.reraising()``, because DDP does not let the errors of a hook through.
+    ``reducer.reraising()``, because DDP does not let the errors of a hook through. ``wrapped.join`` raises from now on.
     """
     places = {parameter.name: parameter.index for parameter in reducer.layout.parameters}
     index = {id(parameter): places[name] for name, parameter in wrapped.module.named_parameters()}
     wrapped.register_comm_hook(None, BucketHook(reducer, index).reduce_bucket)
+    wrapped.join_hook = refuse_join  # type: ignore[method-assign]
+
+
+def refuse_join(**kwargs: Any) -> NoReturn:
+    """In place of what DDP's ``join`` calls: a rank out of data would answer with zeros, at no step and no width.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "DistributedDataParallel.join is not supported beside a quantized all-reduce: every rank takes part in every "
+        "step. Give all ranks equally many batches, as cyclebnn_dist.data does, and leave join out"
+    )

@@ -7,7 +7,7 @@ no part, so results, residuals and resumption do not depend on how DDP cuts the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +60,26 @@ class Layout:
     world_size: int
     block_size: int
     small_bits: Literal[16, 32]
+    second_phase_extra_bits: int = 0
+    ranks_per_node: int = 1
+    """More than 1 where gradients are averaged within nodes first; see ``hierarchy``."""
+
+    def bucket_digest(self, indices: Sequence[int]) -> int:
+        """63-bit number that stands for the parameters of a bucket."""
+        return int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1
+
+    def mean_width(self, bits: int) -> int:
+        """Width at which averages of wide parameters travel in a step of ``bits``.
+
+        Rounding errors of N gradients average out as far as they are independent, that of their mean does not: with
+        D(b) the relative error of a message and R = mean |g_i|^2 / |mean g|^2, the result's is
+        D(b1) R/N + D(b2) (1 + D(b1) R/N). D falls by 4 a bit, so for the same bytes the second phase should have
+        log4(N/R) bits more: it pays where R/N < 1/4. With gradients of signal and s times as much noise
+        R/N = (1 + s) / (N + s). Computed with this codec, error of 2 + 4 bits over that of 3 + 3: at s = 20 1.7 for 8
+        ranks, 0.97 for 64, 0.52 for 256. Where it is agreement that makes R small (s = 1) errors agree as well, since
+        all ranks rotate alike, and less is gained: 1.07 for 8 ranks, 0.60 for 64.
+        """
+        return bits if bits > 8 else min(8, bits + self.second_phase_extra_bits)
 
     def small_width(self, bits: int) -> int:
         """Width of small parameters in a step of ``bits``: never below a step of 16 or 32 bits."""
@@ -69,7 +89,14 @@ class Layout:
     def digest(self) -> int:
         """63-bit number, equal on ranks whose messages have the same meaning."""
         facts = [(p.name, p.numel, p.small) for p in self.parameters]
-        text = repr((facts, self.world_size, self.block_size, self.small_bits))
+        settings = (
+            self.world_size,
+            self.block_size,
+            self.small_bits,
+            self.second_phase_extra_bits,
+            self.ranks_per_node,
+        )
+        text = repr((facts, settings))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
@@ -80,6 +107,8 @@ def build_layout(
     block_size: int,
     small_bits: Literal[16, 32],
     small_numel: int,
+    second_phase_extra_bits: int = 0,
+    ranks_per_node: int = 1,
 ) -> Layout:
     """The layout of parameters given as ``(name, tensor)`` in model order.
 
@@ -96,4 +125,11 @@ def build_layout(
         )
         for index, (name, tensor) in enumerate(named_parameters)
     )
-    return Layout(parameters=parameters, world_size=world_size, block_size=block_size, small_bits=small_bits)
+    return Layout(
+        parameters=parameters,
+        world_size=world_size,
+        block_size=block_size,
+        small_bits=small_bits,
+        second_phase_extra_bits=second_phase_extra_bits,
+        ranks_per_node=ranks_per_node,
+    )

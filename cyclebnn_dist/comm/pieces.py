@@ -40,10 +40,16 @@ class Pieces:
         """The same pieces with their tables on ``device``."""
         return Pieces(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
-    def as_rows(self, block_size: int) -> Pieces:
-        """The same pieces of the same messages, with elements in rows of ``block_size`` instead of a flat gradient."""
+    def as_rows(self, block_size: int, *, whole: bool) -> Pieces:
+        """The same pieces of the same messages, with elements in rows of ``block_size`` instead of a flat gradient.
+
+        Args:
+            whole: whether a row counts from end to end, as one that is rotated does: what was padding then holds part
+                of the elements.
+        """
         rows = torch.arange(len(self), device=self.source.device) * block_size
-        return Pieces(rows, self.count, self.parameter, self.block, self.scale_at, self.codes_at)
+        count = torch.full_like(self.count, block_size) if whole else self.count
+        return Pieces(rows, count, self.parameter, self.block, self.scale_at, self.codes_at)
 
 
 def piece_bytes(count: torch.Tensor, *, bits: int, block_size: int) -> torch.Tensor:

@@ -9,7 +9,6 @@ with the owner's share of every parameter, in the order of the bucket.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,6 +26,16 @@ class Share:
 
     small: Pieces
     wide: Pieces
+
+    def to(self, device: torch.device) -> Share:
+        """The same pieces with their tables on ``device``."""
+        return Share(self.small.to(device), self.wide.to(device))
+
+    def as_rows(self, block_size: int, *, rotated: bool) -> Share:
+        """The same pieces with elements in rows of a block each, those of wide ones perhaps ``rotated``."""
+        return Share(
+            self.small.as_rows(block_size, whole=False), self.wide.as_rows(block_size, whole=rotated)
+        )
 
 
 @dataclass(frozen=True)
@@ -79,44 +88,47 @@ def build_plan(
     scale_bytes: int,
     rank: int,
     device: torch.device,
+    rotated: bool = False,
 ) -> Plan:
     """The plan of the parameters with these indices, concatenated in this order, on ``device``.
 
     Args:
         scale_bytes: of each wide block beside its codes, as the codec has it.
+        rotated: whether the mean of wide pieces is in the domain of a rotation, where incomplete blocks are whole.
     """
     parameters = tuple(layout.parameters[index] for index in indices)
-    starts = (0, *accumulate(p.numel for p in parameters))
+    starts = parameter_starts(parameters)
     owners = range(layout.world_size)
     shares = [
-        _share(parameters, starts, owner, layout, bits=bits, scale_bytes=scale_bytes) for owner in owners
+        share_of_owner(parameters, starts, owner, layout, bits=bits, scale_bytes=scale_bytes)
+        for owner in owners
     ]
     sizes = tuple(size for _, size in shares)
     padded = max(sizes)
 
-    def placed(bases: Sequence[int]) -> Share:
-        return Share(
-            _concatenate([share.small for share, _ in shares], bases).to(device),
-            _concatenate([share.wide for share, _ in shares], bases).to(device),
-        )
-
-    own = Share(shares[rank][0].small.to(device), shares[rank][0].wide.to(device))
+    tables = [share for share, _ in shares]
+    own = tables[rank].to(device)
     return Plan(
         parameters=parameters,
         numel=starts[-1],
         bits=bits,
         small_bits=layout.small_width(bits),
         sizes=sizes,
-        outgoing=placed((0, *accumulate(sizes))[:-1]),
+        outgoing=concatenate_shares(tables, (0, *accumulate(sizes))[:-1]).to(device),
         own=own,
-        own_rows=Share(own.small.as_rows(layout.block_size), own.wide.as_rows(layout.block_size)),
-        gathered=placed([owner * padded for owner in owners]),
+        own_rows=own.as_rows(layout.block_size, rotated=rotated),
+        gathered=concatenate_shares(tables, [owner * padded for owner in owners]).to(device),
         owned=_owned_rows(parameters, rank),
-        digest=int.from_bytes(hashlib.sha256(repr(tuple(indices)).encode()).digest()[:8], "big") >> 1,
+        digest=layout.bucket_digest(indices),
     )
 
 
-def _share(
+def parameter_starts(parameters: Sequence[ParameterLayout]) -> tuple[int, ...]:
+    """Where each parameter begins in the flat gradient, and where the last one ends."""
+    return (0, *accumulate(p.numel for p in parameters))
+
+
+def share_of_owner(
     parameters: Sequence[ParameterLayout],
     starts: Sequence[int],
     owner: int,
@@ -151,6 +163,14 @@ def _share(
         Pieces(wide[0], wide[1], wide[2], wide[3], scale_at, codes_at),
     )
     return share, -(-end // 8) * 8
+
+
+def concatenate_shares(shares: Sequence[Share], bases: Sequence[int]) -> Share:
+    """The pieces of messages that begin at ``bases``."""
+    return Share(
+        _concatenate([share.small for share in shares], bases),
+        _concatenate([share.wide for share in shares], bases),
+    )
 
 
 def _concatenate(tables: Sequence[Pieces], bases: Sequence[int]) -> Pieces:

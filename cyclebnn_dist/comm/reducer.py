@@ -18,14 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cyclebnn_dist.comm.codec import FORMAT_VERSION, WIDTHS, Codec
+from cyclebnn_dist.comm.codec import FORMAT_VERSION, WIDTHS, Codec, gpu_backend
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.executor import build_executor
 from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
 from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.comm.plan import Plan, build_plan
 from cyclebnn_dist.comm.randomness import step_words
+from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
 from cyclebnn_dist.comm.scratch import Scratch
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
@@ -71,7 +73,7 @@ class Reducer:
         self._index = {parameter.name: parameter.index for parameter in layout.parameters}
         self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
         self._scratch = Scratch(device)
-        self._unverified: list[tuple[Header, torch.Tensor]] = []
+        self._unverified: list[tuple[Header, torch.Tensor, Sequence[int]]] = []
         self._step, self._bits, self._loss_scale = -1, 32, 1.0
         self._last_submit = 0.0
 
@@ -90,6 +92,16 @@ class Reducer:
         """63-bit number for the agreement check: codec, block size, format version."""
         return self.codec.digest
 
+    @property
+    def backend(self) -> str:
+        """Text for the agreement check: what encodes, and what carries."""
+        if self._group is None:
+            return "none"
+        encoder = self.codec.backend
+        if encoder == "auto":
+            encoder = "numba" if self._device.type == "cpu" else gpu_backend()
+        return f"{encoder} over {dist.get_backend(self._group)}"
+
     def begin_step(self, step: int, bits: int, *, loss_scale: float = 1.0) -> None:
         """Say at which global step and width the gradients that follow are reduced.
 
@@ -104,8 +116,15 @@ class Reducer:
         if bits not in WIDTHS:
             raise ValueError(f"a gradient all-reduce of {bits} bits does not exist; widths are {WIDTHS}")
         self.check()
-        self._feedback.finish_step()
+        self.finish_step()
         self._step, self._bits, self._loss_scale = step, bits, loss_scale
+
+    def finish_step(self, *, applied: bool = True) -> None:
+        """Say whether the step was applied: residuals stay as they were before one that was not.
+
+        ``begin_step`` does it where nobody has, by whether what was reduced is finite.
+        """
+        self._feedback.finish_step(applied=applied)
 
     def reduce(
         self, tensors: Mapping[str, torch.Tensor], *, step: int, bits: int
@@ -172,8 +191,8 @@ class Reducer:
         if self._executor.error is not None:
             raise self._executor.error
         unverified, self._unverified = self._unverified, []
-        for expected, headers in unverified:
-            self._verify(expected, headers)
+        for expected, headers, senders in unverified:
+            self._verify(expected, headers, senders)
 
     @contextmanager
     def reraising(self) -> Iterator[None]:
@@ -198,6 +217,10 @@ class Reducer:
         self.counters.load_state_dict(state["counters"])
         self._feedback.load_state_dict(state["residuals"])
 
+    def reshard_residuals(self, old_size: int, read: ReadResiduals) -> None:
+        """Take over the residuals of ``old_size`` ranks, each as its ``state_dict`` gave them under ``residuals``."""
+        self._feedback.reshard(old_size, read)
+
     def close(self) -> None:
         """Wait for exchanges under way, then end the communication thread and leave the group."""
         self._executor.close()
@@ -212,6 +235,7 @@ class Reducer:
         group = self._group
         assert group is not None
         plan = self._plan(indices, bits)
+        answers = self._plan(indices, self.layout.mean_width(bits))
         world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
         words = step_words(self._seed, step)
         feedback, timing, scratch = self._feedback, self.counters.timing, self._scratch
@@ -225,9 +249,9 @@ class Reducer:
             shares = ((plan.outgoing.small, plan.small_bits), (plan.outgoing.wide, plan.bits))
             for pieces, width in shares:
                 self.codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
-            header = self._header(plan, step=step, phase=1)
+            header = self._header(bits=plan.bits, bucket=plan.digest, step=step, phase=1)
             for message in outgoing.split(list(plan.sizes)):
-                message[:HEADER_BYTES] = _as_tensor(header, flat.device)
+                message[:HEADER_BYTES] = as_tensor(header, flat.device)
             feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
@@ -241,24 +265,30 @@ class Reducer:
             wide = self._mean(messages, plan.own.wide, bits=plan.bits, name="wide")
 
         with timing("encode"):
-            feedback.add_to_mean(wide, plan, words=words, loss_scale=loss_scale)
-            answer = scratch.get("answer", plan.padded_size, torch.uint8)
-            means = ((small, plan.own_rows.small, plan.small_bits), (wide, plan.own_rows.wide, plan.bits))
+            feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
+            answer = scratch.get("answer", answers.padded_size, torch.uint8)
+            means = (
+                (small, answers.own_rows.small, answers.small_bits),
+                (wide, answers.own_rows.wide, answers.bits),
+            )
             for rows, pieces, width in means:
                 self.codec.encode_pieces(
                     rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
                 )
-            header = self._header(plan, step=step, phase=2)
-            answer[:HEADER_BYTES] = _as_tensor(header, flat.device)
-            feedback.keep_mean_errors(wide, answer, plan, words=words, loss_scale=loss_scale)
+            header = self._header(bits=answers.bits, bucket=plan.digest, step=step, phase=2)
+            answer[:HEADER_BYTES] = as_tensor(header, flat.device)
+            feedback.keep_mean_errors(wide, answer, answers, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
-            gathered = scratch.get("gathered", world_size * plan.padded_size, torch.uint8)
+            gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
             sent += to_everyone(answer, gathered, group=group)
-        self._receive(header, gathered.view(world_size, plan.padded_size))
+        self._receive(header, gathered.view(world_size, answers.padded_size))
 
         with timing("decode"):
-            for pieces, width in ((plan.gathered.small, plan.small_bits), (plan.gathered.wide, plan.bits)):
+            for pieces, width in (
+                (answers.gathered.small, answers.small_bits),
+                (answers.gathered.wide, answers.bits),
+            ):
                 self.codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
             if gradient is not flat:
                 flat.copy_(gradient)
@@ -275,42 +305,45 @@ class Reducer:
                 scale_bytes=self.codec.scale_bytes(bits),
                 rank=self._rank,
                 device=self._device,
+                rotated=self.codec.name == "hadamard" and bits <= MAX_CODE_BITS,
             )
         return self._plans[indices, bits]
 
     def _mean(self, messages: torch.Tensor, pieces: Pieces, *, bits: int, name: str) -> torch.Tensor:
-        """Mean over ranks of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
+        """Mean over messages of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
         size = self.layout.block_size
         rows = self._scratch.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
         for message in messages:
             self.codec.add_pieces(message, pieces, rows, bits=bits)
-        return rows.div_(self.layout.world_size)
+        return rows.div_(len(messages))
 
-    def _header(self, plan: Plan, *, step: int, phase: int) -> Header:
+    def _header(self, *, bits: int, bucket: int, step: int, phase: int) -> Header:
         return Header(
             magic=MAGIC,
             version=FORMAT_VERSION,
             phase=phase,
-            bits=plan.bits,
+            bits=bits,
             step=step,
             layout_and_codec=self.layout.digest ^ self.codec.digest,
-            bucket=plan.digest,
+            bucket=bucket,
         )
 
-    def _receive(self, expected: Header, messages: torch.Tensor) -> None:
-        """Verify received messages ``[ranks, bytes]``: at once on a CPU, in ``check`` on a GPU, whose host runs ahead."""
-        headers = messages[:, :HEADER_BYTES]
+    def _receive(
+        self, expected: Header, messages: torch.Tensor, *, ranks: Sequence[int] | None = None
+    ) -> None:
+        """Verify received messages ``[ranks, bytes]``, of all or of these ranks: at once on a CPU, in ``check`` on a GPU, whose host runs ahead."""
+        headers, senders = messages[:, :HEADER_BYTES], ranks or range(self.layout.world_size)
         if headers.device.type == "cpu":
-            self._verify(expected, headers)
+            self._verify(expected, headers, senders)
         else:
-            self._unverified.append((expected, headers.clone()))
+            self._unverified.append((expected, headers.clone(), senders))
 
-    def _verify(self, expected: Header, headers: torch.Tensor) -> None:
+    def _verify(self, expected: Header, headers: torch.Tensor, senders: Sequence[int]) -> None:
         raw = expected.to_bytes()
         received = [bytes(row) for row in headers.cpu().numpy()]
         wrong = [
             f"rank {rank} sent {describe_difference(expected, row)}"
-            for rank, row in enumerate(received)
+            for rank, row in zip(senders, received, strict=True)
             if row != raw
         ]
         if wrong:
@@ -320,5 +353,6 @@ class Reducer:
             )
 
 
-def _as_tensor(header: Header, device: torch.device) -> torch.Tensor:
+def as_tensor(header: Header, device: torch.device) -> torch.Tensor:
+    """The bytes of a header, uint8 on ``device``."""
     return torch.frombuffer(bytearray(header.to_bytes()), dtype=torch.uint8).to(device)

@@ -9,13 +9,14 @@ every bucket: on a step that is skipped, the residuals stay as they were before 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.plan import Plan
+from cyclebnn_dist.comm.reshard import ReadResiduals, reshard_gradient_errors, reshard_mean_errors
 
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -51,11 +52,13 @@ class Feedback(Protocol):
 
     def see_result(self, flat: torch.Tensor) -> None: ...
 
-    def finish_step(self) -> None: ...
+    def finish_step(self, *, applied: bool = True) -> None: ...
 
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None: ...
+
+    def reshard(self, old_size: int, read: ReadResiduals) -> None: ...
 
 
 class NoFeedback:
@@ -94,13 +97,16 @@ class NoFeedback:
     def see_result(self, flat: torch.Tensor) -> None:
         pass
 
-    def finish_step(self) -> None:
+    def finish_step(self, *, applied: bool = True) -> None:
         pass
 
     def state_dict(self) -> State:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        pass
+
+    def reshard(self, old_size: int, read: ReadResiduals) -> None:
         pass
 
 
@@ -110,6 +116,8 @@ class ErrorFeedback:
     def __init__(self, codec: Codec, layout: Layout, *, rank: int, device: torch.device) -> None:
         wide = [p for p in layout.parameters if not p.small]
         self._codec = codec
+        self._layout = layout
+        self._rank = rank
         self._errors: State = {
             "gradient": {p.name: torch.zeros(p.numel, device=device) for p in wide},
             "mean": {p.name: torch.zeros(len(p.owned_elements(rank)), device=device) for p in wide},
@@ -179,9 +187,9 @@ class ErrorFeedback:
         """Look at a reduced bucket, which is the same on all ranks."""
         self._finite.append(torch.isfinite(flat).all())
 
-    def finish_step(self) -> None:
-        """Keep the errors of the step if all that was reduced in it is finite, forget them otherwise."""
-        if all(bool(finite) for finite in self._finite):
+    def finish_step(self, *, applied: bool = True) -> None:
+        """Keep the errors of a step that was applied and in which all that was reduced is finite, forget them otherwise."""
+        if applied and all(bool(finite) for finite in self._finite):
             for kind, errors in self._pending.items():
                 self._errors[kind].update(errors)
         self._pending = {"gradient": {}, "mean": {}}
@@ -208,6 +216,16 @@ class ErrorFeedback:
                         "written with another number of ranks or other comm settings"
                     )
                 error.copy_(loaded)
+
+    def reshard(self, old_size: int, read: ReadResiduals) -> None:
+        """Take over what ``old_size`` ranks kept: what is owed to the averaged gradient stays the same."""
+        settings: dict[str, Any] = {"rank": self._rank, "old_size": old_size, "read": read}
+        self.load_state_dict(
+            {
+                "gradient": reshard_gradient_errors(self._layout, **settings),
+                "mean": reshard_mean_errors(self._layout, **settings),
+            }
+        )
 
     def _note(self, kind: str, name: str, error: torch.Tensor) -> None:
         self._pending[kind][name] = torch.where(torch.isfinite(error), error, self._errors[kind][name])

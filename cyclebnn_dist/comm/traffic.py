@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 from cyclebnn_dist.comm.breakeven import Load
 from cyclebnn_dist.comm.codec import scale_bytes
 from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.header import HEADER_BYTES
+from cyclebnn_dist.comm.hierarchy import build_hierarchical_plan, near_width
 from cyclebnn_dist.comm.layout import Layout, ParameterLayout
 from cyclebnn_dist.comm.pieces import CAST_BYTES
 
@@ -44,7 +46,8 @@ def sent_bytes(layout: Layout, indices: Sequence[int], *, bits: int, codec: Code
     see ``transport``.
     """
     sizes = message_sizes(layout, indices, bits=bits, codec=codec)
-    return int(sizes.sum() - sizes[rank] + (layout.world_size - 1) * sizes.max())
+    answers = message_sizes(layout, indices, bits=layout.mean_width(bits), codec=codec)
+    return int(sizes.sum() - sizes[rank] + (layout.world_size - 1) * answers.max())
 
 
 def count_step(
@@ -65,9 +68,17 @@ def count_step(
     if layout.world_size == 1:
         return counters
     for indices in buckets:
-        sent = sent_bytes(layout, indices, bits=bits, codec=codec, rank=rank)
         numel = sum(layout.parameters[index].numel for index in indices)
-        counters.add_exchange(sent_bytes=steps * sent, numel=steps * numel, world_size=layout.world_size)
+        if layout.ranks_per_node > 1:
+            sent, far = _hierarchical_bytes(layout, indices, bits=bits, codec=codec, rank=rank)
+        else:
+            sent, far = sent_bytes(layout, indices, bits=bits, codec=codec, rank=rank), 0
+        counters.add_exchange(
+            sent_bytes=steps * sent,
+            far_bytes=steps * far,
+            numel=steps * numel,
+            world_size=layout.world_size,
+        )
     return counters
 
 
@@ -126,3 +137,25 @@ def _elements(parameter: ParameterLayout) -> np.ndarray:
         last = (min(parameter.num_units, world_size) - 1 + parameter.index) % world_size
         elements[last] -= parameter.num_units * size - parameter.numel
     return elements
+
+
+def _hierarchical_bytes(
+    layout: Layout, indices: Sequence[int], *, bits: int, codec: CodecName, rank: int
+) -> tuple[int, int]:
+    """Bytes that ``rank`` sends in all and to other nodes; see ``hierarchy``."""
+    plan = build_hierarchical_plan(
+        layout,
+        indices,
+        bits=bits,
+        scale_bytes={
+            width: scale_bytes(codec, width) for width in (bits, near_width(bits), layout.mean_width(bits))
+        },
+        rank=rank,
+        rotated=False,
+        device=torch.device("cpu"),
+    )
+    node, place = divmod(rank, layout.ranks_per_node)
+    num_nodes = layout.world_size // layout.ranks_per_node
+    far = sum(plan.far_sizes) - plan.far_sizes[node] + (num_nodes - 1) * plan.padded_size
+    near = sum(plan.near_sizes) - plan.near_sizes[place]
+    return near + far + (layout.ranks_per_node - 1) * num_nodes * plan.padded_size, far

@@ -258,6 +258,10 @@ class CommConfig:
     """Width of tensors too small to quantize (see small_numel)."""
     small_numel: int = 1024
     """Tensors with fewer elements, and all 1-D ones, travel at small_bits."""
+    hierarchical: bool = False
+    """Average within nodes first, at 16 bits; the schedule's width is then used between nodes only."""
+    second_phase_extra_bits: int = 0
+    """Bits by which averaged gradients are wider than the schedule's width, up to 8 in all. See the README for when it pays."""
     error_feedback: bool = False
     """Add what quantization lost at this step to the gradient of the next one."""
     check_every: int = 100

@@ -65,7 +65,7 @@ def validate(recipe: Recipe) -> None:
         for key in keys.split():
             if not rule(values[key]):
                 raise RecipeError(key, f"{_show(values[key])} is out of range", f"it must be {words}")
-    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_model):
+    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_comm, _check_model):
         check(recipe)
 
 
@@ -160,6 +160,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
     ("optim.betas", lambda value: all(map(_below_one, value)), "two numbers, each at least 0 and below 1"),
     ("data.std", lambda value: min(value) > 0, "three numbers greater than 0"),
+    ("comm.second_phase_extra_bits", _between(0, 7), "from 0 to 7"),
     ("comm.block_size", _power_of_two, "a power of two from 16 to 65536"),
     ("eval.forward_bits", lambda value: value in (0, 32) or 2 <= value <= 16, "0, from 2 to 16, or 32"),
 )
@@ -218,6 +219,15 @@ def _check_optim(recipe: Recipe) -> None:
                 f"{optim.milestones[-1]:g} is never reached: train.epochs = {epochs:g}",
                 "every milestone must be smaller than train.epochs",
             )
+
+
+def _check_comm(recipe: Recipe) -> None:
+    if recipe.comm.hierarchical and recipe.comm.error_feedback:
+        raise RecipeError(
+            "comm.error_feedback",
+            "stands beside comm.hierarchical=true, which keeps no residuals",
+            "set one of the two to false; without feedback codes up to 5 bits are unbiased",
+        )
 
 
 def _check_precision(recipe: Recipe) -> None:

@@ -48,7 +48,6 @@ class DDPEngine:
         self._device = device
         self._autocast_dtype = AUTOCAST_DTYPE.get(amp)
         self._scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self._finite = True
         with warnings.catch_warnings():
             # Torch 2.13 renames the flag, to one that 2.11 does not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -87,15 +86,15 @@ class DDPEngine:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-        self._finite = bool(torch.isfinite(norm))
         return norm
 
-    def step(self) -> bool:
-        # Gradients are the same bytes on every rank, so every rank decides alike.
-        if self._finite:
+    def step(self, *, skip: bool) -> None:
+        self._reducer.finish_step(applied=not skip)
+        if skip:
+            lower_loss_scale(self._scaler)
+        else:
             self._scaler.step(self._optimizer)
-        self._scaler.update()
-        return self._finite
+            self._scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -106,3 +105,12 @@ class DDPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer_state_by_name(self._optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["loss_scale"])
+
+
+def lower_loss_scale(scaler: torch.amp.GradScaler) -> None:
+    """Back off as after an overflow, whatever this rank has found itself: scales that differ would part the ranks."""
+    if not scaler.is_enabled():
+        return
+    backed_off = scaler.get_scale() * scaler.get_backoff_factor()
+    scaler.update(backed_off)
+    scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": 0})

@@ -38,8 +38,8 @@ class Engine(Protocol):
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scalar float32 global norm of the averaged gradient, clipped to ``max_norm`` if that is above 0."""
 
-    def step(self) -> bool:
-        """Update the weights; False, on all ranks alike, if a non-finite gradient made the step be skipped."""
+    def step(self, *, skip: bool) -> None:
+        """Update the weights, or ``skip`` it: on all ranks alike, since a rank's gradient is not finite."""
 
     def state_dict(self) -> dict[str, Any]:
         """State equal on all ranks: optimizer by parameter name, loss scale."""

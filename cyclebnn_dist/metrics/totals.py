@@ -23,6 +23,8 @@ class Totals:
     """Time in training steps, without evaluation and saving."""
     data_seconds: float = 0.0
     """Part of it spent waiting for images."""
+    agreement_seconds: float = 0.0
+    """Part of it spent in the exchanges by which ranks agree, waiting for slower ranks included."""
     eval_seconds: float = 0.0
     """Time in evaluation."""
     best_top1: float = 0.0
@@ -31,13 +33,21 @@ class Totals:
     """The newest evaluation: top1 and top5 in percent, loss, images, step."""
 
     def add_step(
-        self, widths: Widths, *, images: int, seconds: float, data_seconds: float, skipped: bool
+        self,
+        widths: Widths,
+        *,
+        images: int,
+        seconds: float,
+        data_seconds: float,
+        agreement_seconds: float,
+        skipped: bool,
     ) -> None:
         """Count one optimizer step (an attempted one, if ``skipped``)."""
         self.steps[widths] += 1
         self.images += images
         self.train_seconds += seconds
         self.data_seconds += data_seconds
+        self.agreement_seconds += agreement_seconds
         self.skipped_steps += int(skipped)
 
     def bits(self, channel: str) -> tuple[int, float, int]:

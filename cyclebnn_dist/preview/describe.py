@@ -21,6 +21,7 @@ from cyclebnn_dist.data import scan_folder
 from cyclebnn_dist.engine.buckets import Buckets, observe_buckets
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.precision import Schedule, build_schedule, training_saving
+from cyclebnn_dist.world import local_world_size
 
 CHANNELS = ("forward", "backward", "communication")
 
@@ -106,6 +107,8 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
         block_size=recipe.comm.block_size,
         small_bits=recipe.comm.small_bits,
         small_numel=recipe.comm.small_numel,
+        second_phase_extra_bits=recipe.comm.second_phase_extra_bits,
+        ranks_per_node=_ranks_per_node(ranks) if recipe.comm.hierarchical and ranks > 1 else 1,
     )
     counters = Counters()
     if ranks > 1:
@@ -155,6 +158,7 @@ def expected_traffic(schedule: Schedule, layout: Layout, buckets: Buckets, *, co
         sent_bytes=sum(part.sent_bytes for part in parts),
         fp32_bytes=sum(part.fp32_bytes for part in parts),
         bf16_bytes=sum(part.bf16_bytes for part in parts),
+        far_bytes=sum(part.far_bytes for part in parts),
     )
 
 
@@ -164,3 +168,14 @@ def _runs(bits: Sequence[int]) -> list[list[int]]:
         runs.append([step, value])
         step += sum(1 for _ in group)
     return runs
+
+
+def _ranks_per_node(ranks: int) -> int:
+    size = local_world_size()
+    if size == 0 or ranks % size:
+        raise RecipeError(
+            "comm.hierarchical",
+            f"how {ranks} ranks are spread over nodes is not known",
+            "set the environment variable LOCAL_WORLD_SIZE to the ranks of a node, by which --ranks can be divided",
+        )
+    return size

@@ -1,0 +1,267 @@
+"""The hierarchical all-reduce: 16 bits between the ranks of a node, the width of the step between nodes.
+
+With G ranks on each of M nodes, a gradient is first averaged within its node: rank g of a node collects, at 16 bits, what
+ranks g of all nodes own between them. These M ranks then do the two-phase exchange of ``reducer`` with their nodes'
+means, and what they have decided is passed on within each node as the bytes it came in. So a rank sends 1/G of the
+gradient to other nodes, in narrow codes, and all ranks of all nodes decode the same bytes. Sums run over the ranks of a
+node in order, then over nodes in order: the result depends on G, as it does on the number of ranks, but on no bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cyclebnn_dist.comm.header import HEADER_BYTES
+from cyclebnn_dist.comm.layout import Layout
+from cyclebnn_dist.comm.levels import MAX_CODE_BITS
+from cyclebnn_dist.comm.plan import Share, concatenate_shares, parameter_starts, share_of_owner
+from cyclebnn_dist.comm.randomness import step_words
+from cyclebnn_dist.comm.reducer import Reducer, as_tensor
+from cyclebnn_dist.comm.transport import to_everyone, to_owners
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where a rank stands: rank ``place`` of node ``index``; node n holds ranks n * G to n * G + G - 1.
+
+    ``near`` is the group of the ranks of its node, ``far`` that of the ranks in its place on all nodes.
+    """
+
+    index: int
+    place: int
+    near: dist.ProcessGroup
+    far: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class HierarchicalPlan:
+    """How one bucket travels at one width; shares as in ``plan``.
+
+    Attributes:
+        near_out, near_starts: pieces of the messages for all owners, one after the other, owners in the order of
+            their places and then of their nodes; where each message begins.
+        near_sizes: bytes for each place of the node.
+        near_own: pieces of what this rank gets from each rank of its node: a message for its place on every node.
+        far_out, far_starts, far_sizes: the same pieces, from rows that hold the node's mean, to each node.
+        far_own, answer: pieces of this rank's own share, as received and, from rows, as answered with.
+        gathered: pieces of all answers, ``padded_size`` apart, in the order of near_out.
+        owners: ranks in the order of near_out.
+    """
+
+    numel: int
+    bits: int
+    near_bits: int
+    mean_bits: int
+    small_bits: int
+    digest: int
+    near_out: Share
+    near_starts: tuple[int, ...]
+    near_sizes: tuple[int, ...]
+    near_own: Share
+    far_out: Share
+    far_starts: tuple[int, ...]
+    far_sizes: tuple[int, ...]
+    far_own: Share
+    answer: Share
+    gathered: Share
+    padded_size: int
+    owners: tuple[int, ...]
+
+
+def near_width(bits: int) -> int:
+    """Width within a node in a step of ``bits``."""
+    return max(16, bits)
+
+
+def build_nodes(layout: Layout, *, rank: int, backend: str, timeout: timedelta | None) -> Nodes:
+    """Collective: every rank calls this. The groups of this rank; every rank takes part in making all of them."""
+    size, world_size = layout.ranks_per_node, layout.world_size
+    index, place = divmod(rank, size)
+    near = [
+        dist.new_group(list(range(first, first + size)), backend=backend, timeout=timeout)
+        for first in range(0, world_size, size)
+    ]
+    far = [
+        dist.new_group(list(range(first, world_size, size)), backend=backend, timeout=timeout)
+        for first in range(size)
+    ]
+    return Nodes(index=index, place=place, near=near[index], far=far[place])
+
+
+def build_hierarchical_plan(
+    layout: Layout,
+    indices: Sequence[int],
+    *,
+    bits: int,
+    scale_bytes: dict[int, int],
+    rank: int,
+    rotated: bool,
+    device: torch.device,
+) -> HierarchicalPlan:
+    """The plan of the parameters with these indices, concatenated in this order, on ``device``.
+
+    Args:
+        scale_bytes: of each wide block beside its codes, by width.
+        rotated: whether sums of what nodes send are in the domain of a rotation.
+    """
+    size, num_nodes = layout.ranks_per_node, layout.world_size // layout.ranks_per_node
+    place = rank % size
+    near_bits, mean_bits = near_width(bits), layout.mean_width(bits)
+    parameters = [layout.parameters[index] for index in indices]
+    starts = parameter_starts(parameters)
+    owners = [node * size + place for place in range(size) for node in range(num_nodes)]
+    mine = owners[place * num_nodes : (place + 1) * num_nodes]
+
+    def shares(width: int, of: Sequence[int]) -> tuple[list[Share], list[int]]:
+        built = [
+            share_of_owner(parameters, starts, owner, layout, bits=width, scale_bytes=scale_bytes[width])
+            for owner in of
+        ]
+        return [share for share, _ in built], [nbytes for _, nbytes in built]
+
+    near, near_bytes = shares(near_bits, owners)
+    near_mine, near_mine_bytes = shares(near_bits, mine)
+    far, far_bytes = shares(bits, mine)
+    answers, answer_bytes = shares(mean_bits, owners)
+    padded = max(answer_bytes)
+    near_starts, far_starts = (tuple(accumulate(n, initial=0))[:-1] for n in (near_bytes, far_bytes))
+    near_mine_starts = tuple(accumulate(near_mine_bytes, initial=0))[:-1]
+    own = rank // size
+    block = layout.block_size
+    return HierarchicalPlan(
+        numel=starts[-1],
+        bits=bits,
+        near_bits=near_bits,
+        mean_bits=mean_bits,
+        small_bits=layout.small_width(bits),
+        digest=layout.bucket_digest(indices),
+        near_out=concatenate_shares(near, near_starts).to(device),
+        near_starts=near_starts,
+        near_sizes=tuple(sum(near_bytes[p * num_nodes : (p + 1) * num_nodes]) for p in range(size)),
+        near_own=concatenate_shares(near_mine, near_mine_starts).to(device),
+        far_out=concatenate_shares(far, far_starts).as_rows(block, rotated=False).to(device),
+        far_starts=far_starts,
+        far_sizes=tuple(far_bytes),
+        far_own=far[own].to(device),
+        answer=answers[owners.index(rank)].as_rows(block, rotated=rotated).to(device),
+        gathered=concatenate_shares(answers, [n * padded for n in range(len(owners))]).to(device),
+        padded_size=padded,
+        owners=tuple(owners),
+    )
+
+
+class HierarchicalReducer(Reducer):
+    """A ``Reducer`` whose exchange goes within nodes first. It keeps no residuals."""
+
+    def __init__(self, layout: Layout, *args: Any, nodes: Nodes, **kwargs: Any) -> None:
+        super().__init__(layout, *args, **kwargs)
+        self._nodes = nodes
+        self._hierarchical_plans: dict[tuple[tuple[int, ...], int], HierarchicalPlan] = {}
+
+    def _exchange(
+        self, flat: torch.Tensor, indices: tuple[int, ...], *, step: int, bits: int, loss_scale: float
+    ) -> torch.Tensor:
+        """Collective: every rank calls this. All phases, for one bucket."""
+        plan, nodes, layout = self._hierarchical_plan(indices, bits), self._nodes, self.layout
+        size, num_nodes = layout.ranks_per_node, layout.world_size // layout.ranks_per_node
+        words, timing, scratch, codec = (
+            step_words(self._seed, step),
+            self.counters.timing,
+            self._scratch,
+            self.codec,
+        )
+        headers = [self._header(bits=bits, bucket=plan.digest, step=step, phase=phase) for phase in range(3)]
+
+        with timing("encode"):
+            gradient = flat
+            if flat.dtype != torch.float32:
+                gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
+            outgoing = scratch.get("outgoing", sum(plan.near_sizes), torch.uint8)
+            for pieces, width in (
+                (plan.near_out.small, plan.small_bits),
+                (plan.near_out.wide, plan.near_bits),
+            ):
+                codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
+            for start in plan.near_starts:
+                outgoing[start : start + HEADER_BYTES] = as_tensor(headers[0], flat.device)
+        with timing("wire"):
+            own_size = plan.near_sizes[nodes.place]
+            incoming = scratch.get("incoming", size * own_size, torch.uint8)
+            sent = to_owners(outgoing, incoming, sizes=plan.near_sizes, rank=nodes.place, group=nodes.near)
+        messages = incoming.view(size, own_size)
+        first = plan.near_starts[nodes.place * num_nodes]
+        near_ranks = range(nodes.index * size, (nodes.index + 1) * size)
+        for start in plan.near_starts[nodes.place * num_nodes : (nodes.place + 1) * num_nodes]:
+            self._receive(headers[0], messages[:, start - first :], ranks=near_ranks)
+        with timing("decode"):
+            small = self._mean(messages, plan.near_own.small, bits=plan.small_bits, name="near small")
+            wide = self._mean(messages, plan.near_own.wide, bits=plan.near_bits, name="near wide")
+
+        with timing("encode"):
+            outgoing = scratch.get("far outgoing", sum(plan.far_sizes), torch.uint8)
+            for rows, pieces, width in (
+                (small, plan.far_out.small, plan.small_bits),
+                (wide, plan.far_out.wide, bits),
+            ):
+                codec.encode_pieces(rows.view(-1), pieces, outgoing, bits=width, words=words, phase=1)
+            for start in plan.far_starts:
+                outgoing[start : start + HEADER_BYTES] = as_tensor(headers[1], flat.device)
+        with timing("wire"):
+            own_size = plan.far_sizes[nodes.index]
+            incoming = scratch.get("far incoming", num_nodes * own_size, torch.uint8)
+            far = to_owners(outgoing, incoming, sizes=plan.far_sizes, rank=nodes.index, group=nodes.far)
+        messages = incoming.view(num_nodes, own_size)
+        self._receive(headers[1], messages, ranks=range(nodes.place, layout.world_size, size))
+        with timing("decode"):
+            small = self._mean(messages, plan.far_own.small, bits=plan.small_bits, name="small")
+            wide = self._mean(messages, plan.far_own.wide, bits=bits, name="wide")
+
+        with timing("encode"):
+            answer = scratch.get("answer", plan.padded_size, torch.uint8)
+            for rows, pieces, width in (
+                (small, plan.answer.small, plan.small_bits),
+                (wide, plan.answer.wide, plan.mean_bits),
+            ):
+                codec.encode_pieces(
+                    rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
+                )
+            answer[:HEADER_BYTES] = as_tensor(headers[2], flat.device)
+        with timing("wire"):
+            from_nodes = scratch.get("from nodes", num_nodes * plan.padded_size, torch.uint8)
+            far += to_everyone(answer, from_nodes, group=nodes.far)
+            gathered = scratch.get("gathered", size * len(from_nodes), torch.uint8)
+            sent += far + to_everyone(from_nodes, gathered, group=nodes.near)
+        self._receive(headers[2], gathered.view(-1, plan.padded_size), ranks=plan.owners)
+        with timing("decode"):
+            for pieces, width in (
+                (plan.gathered.small, plan.small_bits),
+                (plan.gathered.wide, plan.mean_bits),
+            ):
+                codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
+            if gradient is not flat:
+                flat.copy_(gradient)
+        self.counters.add_exchange(
+            sent_bytes=sent, far_bytes=far, numel=plan.numel, world_size=layout.world_size
+        )
+        return flat
+
+    def _hierarchical_plan(self, indices: tuple[int, ...], bits: int) -> HierarchicalPlan:
+        if (indices, bits) not in self._hierarchical_plans:
+            widths = {bits, near_width(bits), self.layout.mean_width(bits)}
+            self._hierarchical_plans[indices, bits] = build_hierarchical_plan(
+                self.layout,
+                indices,
+                bits=bits,
+                scale_bytes={width: self.codec.scale_bytes(width) for width in widths},
+                rank=self._rank,
+                rotated=self.codec.name == "hadamard" and bits <= MAX_CODE_BITS,
+                device=self._device,
+            )
+        return self._hierarchical_plans[indices, bits]
