@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 from ranks import RankPool
 
 from cyclebnn_dist.data.sample import generate_sample
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and with them all they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many processes share few cores here; a thread each is fastest, also in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,16 +1,11 @@
 """The CPU kernels compute what the operators compute that run everywhere else."""
 
-import os
-import signal
-import time
-
 import pytest
 import torch
 from torch import nn
 
 from cyclebnn_dist.binary import METHODS, BinaryConv2d, BinaryLinear, cpu_kernels, set_progress, set_widths
 from cyclebnn_dist.binary.activations import Hardtanh
-from cyclebnn_dist.binary.bits import pack_signs
 from cyclebnn_dist.binary.statistics import EPSILON, row_statistics
 
 
@@ -50,15 +45,6 @@ def test_they_know_the_channels_last_layout(method):
     plain, last = run(method, "convolution"), run(method, "convolution", layout=torch.channels_last)
     # The noise of stochastic rounding goes by the order of memory, so only the outputs are comparable.
     assert torch.equal(plain[0], last[0])
-
-
-@pytest.mark.parametrize("method", ["bnn", "cyclebnn"])
-def test_their_number_of_threads_changes_no_bit(method, monkeypatch):
-    results = []
-    for num_threads in (1, 2, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
-        results.append(run(method, "convolution"))
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 60), (1, 1)])
@@ -135,23 +121,3 @@ def test_the_layout_of_an_input_changes_no_gradient(method, layout, kernels, mon
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)))
         results.append((y.detach(), leaf.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-
-
-def test_a_forked_process_starts_its_own_threads():
-    x = torch.randn(4, 4096)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        bits = pack_signs(x)
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if torch.equal(pack_signs(x), bits) else 1)
-        deadline = time.monotonic() + 30.0
-        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if ended == (0, 0):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        assert ended == (child, 0)
-    finally:
-        torch.set_num_threads(before)

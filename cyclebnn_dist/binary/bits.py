@@ -56,7 +56,7 @@ def pack_within(x: Tensor, low: float, high: float) -> Tensor:
         return pack_bits(x.ge(low).logical_and_(x.le(high)))
     bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
     arguments = cpu_kernels.arrays(in_memory_order(x), np.float32(low), np.float32(high), bits)
-    cpu_kernels.in_threads(cpu_kernels.pack_within, bits.numel(), *arguments)
+    cpu_kernels.pack_within(0, bits.numel(), *arguments)
     return bits
 
 
@@ -69,7 +69,7 @@ def unpack_bits(
     if dtype == torch.float32 and cpu_kernels.usable(bits, dtype=torch.uint8):
         flat = torch.empty(numel)
         arguments = cpu_kernels.arrays(bits, np.float32(low), np.float32(high), flat)
-        cpu_kernels.in_threads(cpu_kernels.unpack, bits.numel(), *arguments)
+        cpu_kernels.unpack(0, bits.numel(), *arguments)
     else:
         # Copying rows of eight values is faster than any arithmetic on single bits.
         table = _byte_values(low, high, dtype, bits.device)
@@ -88,7 +88,7 @@ def mask_by_bits(x: Tensor, bits: Tensor, channels_last: bool) -> Tensor:
         return unpack_bits(bits, x.shape, channels_last, 0.0, 1.0, x.dtype).mul_(x)
     result = torch.empty_like(x)
     arguments = cpu_kernels.arrays(bits, in_memory_order(x), in_memory_order(result))
-    cpu_kernels.in_threads(cpu_kernels.mask, bits.numel(), *arguments)
+    cpu_kernels.mask(0, bits.numel(), *arguments)
     return result
 
 

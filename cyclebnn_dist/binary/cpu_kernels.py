@@ -1,5 +1,7 @@
 """Kernels for binary layers on CPUs: numba, fp32, each in one or two passes over memory where torch's operators take ten.
 
+They run in one thread: beside torch's own threads, which wait for work by spinning, a second one costs more than it brings.
+
 They compute what the torch code beside their callers computes; that code runs everywhere else. Tensors come as matrices in
 the order of memory. Compiled code is kept on disk (see ``numba_jit``).
 """
@@ -7,11 +9,7 @@ the order of memory. Compiled code is kept on disk (see ``numba_jit``).
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,28 +46,6 @@ def usable(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
 def arrays(*arguments: Any) -> list[Any]:
     """``arguments`` with arrays that share their memory in the place of tensors."""
     return [x.detach().numpy() if isinstance(x, Tensor) else x for x in arguments]
-
-
-def in_threads(kernel: Callable[..., None], count: int, *arguments: Any) -> None:
-    """Call ``kernel(start, stop, *arguments)`` for parts of ``range(count)``, in as many threads as torch uses."""
-    num_threads = min(torch.get_num_threads(), count)
-    if num_threads <= 1:
-        kernel(0, count, *arguments)
-        return
-    cuts = [count * index // num_threads for index in range(num_threads + 1)]
-    waiting = [_pool(num_threads - 1).submit(kernel, *part, *arguments) for part in pairwise(cuts[1:])]
-    kernel(0, cuts[1], *arguments)
-    for future in waiting:
-        future.result()
-
-
-@lru_cache(maxsize=4)
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="binary-kernels")
-
-
-# A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @compiled

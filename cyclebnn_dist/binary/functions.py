@@ -40,7 +40,7 @@ def hard_sign(x: Tensor, offset: Tensor | float = 0.0) -> Tensor:
     if by_rows and x.dim() > 1 and cpu_kernels.usable(x, offsets):
         signs = torch.empty_like(x)
         arguments = cpu_kernels.arrays(as_rows(x), offsets.flatten(), as_rows(signs))
-        cpu_kernels.in_threads(cpu_kernels.sign_rows, x.shape[0], *arguments)
+        cpu_kernels.sign_rows(0, x.shape[0], *arguments)
         return signs
     # -0.0 + 0.0 is +0.0: an offset of positive zero gives negative zeros the sign +1.
     shifted = x + offset
@@ -61,7 +61,7 @@ def surrogate_times(x: Tensor, surrogate: Surrogate, grad: Tensor) -> Tensor:
     result = torch.empty_like(x)
     x, grad, flat = in_memory_order(x), in_memory_order(grad), in_memory_order(result)
     arguments = cpu_kernels.arrays(x, grad, surrogate == "polynomial", flat)
-    cpu_kernels.in_threads(cpu_kernels.surrogate_times, x.numel(), *arguments)
+    cpu_kernels.surrogate_times(0, x.numel(), *arguments)
     return result
 
 
@@ -153,8 +153,8 @@ class StandardizedSign(torch.autograd.Function):
             grad = torch.empty_like(x).copy_(grad)
         if cpu_kernels.usable(x, grad):
             result = torch.empty_like(x)
-            cpu_kernels.in_threads(
-                cpu_kernels.standardized_gradient,
+            cpu_kernels.standardized_gradient(
+                0,
                 x.shape[0],
                 *cpu_kernels.arrays(as_rows(x), as_rows(grad), mean.flatten(), deviation.flatten()),
                 *cpu_kernels.arrays(low.flatten(), step.flatten(), np.float32(ctx.gain)),
@@ -222,7 +222,7 @@ def _channel_products(x: Tensor, y: Tensor) -> Tensor:
     batch, channels = x.shape[:2]
     products = torch.empty(batch * channels, dtype=torch.float64)
     arguments = cpu_kernels.arrays(x.reshape(len(products), -1), y.reshape(len(products), -1), products)
-    cpu_kernels.in_threads(cpu_kernels.row_products, len(products), *arguments)
+    cpu_kernels.row_products(0, len(products), *arguments)
     return products.view(batch, channels).sum(0)
 
 
@@ -236,7 +236,7 @@ def _scale_and_quantize(grad: Tensor, scale: Tensor, bits: Tensor, *, key: Tenso
     arguments = cpu_kernels.arrays(
         rows, scale, np.float32(low), np.float32(step), key, noise, result.view_as(rows)
     )
-    cpu_kernels.in_threads(cpu_kernels.quantize_scaled, len(rows), *arguments)
+    cpu_kernels.quantize_scaled(0, len(rows), *arguments)
     return result
 
 

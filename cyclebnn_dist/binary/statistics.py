@@ -20,7 +20,7 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         arguments = cpu_kernels.arrays(
             rows, rows.view(torch.int32), EPSILON, statistics, statistics.view(torch.int32)
         )
-        cpu_kernels.in_threads(cpu_kernels.row_statistics, len(x), *arguments)
+        cpu_kernels.row_statistics(0, len(x), *arguments)
         mean, deviation, low, high = statistics.unbind(0)
         return mean, deviation, low, high
     variance, mean = torch.var_mean(rows, 1, correction=min(1, rows.shape[1] - 1))
