@@ -6,6 +6,7 @@ another was killed. The watch sees each rank's process end and takes care of the
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -134,16 +135,30 @@ class _Watch:
             self.ranks[int(number)] = Rank(int(number), process, stale)
 
     def note_ends(self) -> None:
-        """Note which ranks ended since the last look, those that fell silent first before the others."""
+        """Note which ranks ended since the last look; of several the likely cause of the others' ends first.
+
+        That is one which a signal ended, or else the one that fell silent first.
+        """
         now = time.monotonic()
-        for rank in sorted(self.running(), key=lambda r: _modified(self.log(r.rank))):
+        seen = self._ended()
+        if not seen:
+            return
+        # Looked at again: an end that was seen may come from that of another rank, a moment before.
+        ended = {rank.rank: rank for rank in (*self._ended(), *seen)}
+        for rank in sorted(ended.values(), key=lambda r: (not _by_signal(r), _modified(self.log(r.rank)))):
+            del self.ranks[rank.rank]
+            self.ranks[rank.rank] = replace(rank, ended=now)
+
+    def _ended(self) -> list[Rank]:
+        """Return the ranks not yet noted whose process has ended, with the exit status where it can be seen."""
+        found = []
+        for rank in self.running():
             seen = processes.look(rank.process.pid)
             if seen is None or seen.start != rank.process.start:
-                self.ranks[rank.rank] = replace(self.ranks.pop(rank.rank), ended=now)
+                found.append(rank)
             elif not seen.running:
-                self.ranks[rank.rank] = replace(
-                    self.ranks.pop(rank.rank), ended=now, exit_status=seen.exit_status
-                )
+                found.append(replace(rank, exit_status=seen.exit_status))
+        return found
 
     def outcome(self, rank: Rank) -> Outcome | None:
         """Return what a rank returned, or None where it ended otherwise (or has not ended)."""
@@ -290,6 +305,10 @@ def _signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
+
+
+def _by_signal(rank: Rank) -> bool:
+    return rank.exit_status is not None and os.WIFSIGNALED(rank.exit_status)
 
 
 def _modified(path: Path) -> int:
