@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from launching import TINY_RECIPE
+from links import counted_bytes
 from test_reducer import GROUPINGS, SHAPES, WIDTHS, gradients_of, make_reducer, octets, reduced
 from worlds import make_world
 
 from cyclebnn_dist import train
-from cyclebnn_dist.comm import build_layout, transport
+from cyclebnn_dist.comm import build_layout
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
 from cyclebnn_dist.comm.traffic import count_step
 from cyclebnn_dist.config import RecipeError, load_recipe
@@ -87,29 +88,13 @@ def test_the_error_is_that_of_the_nodes_messages_not_of_the_ranks(ranks):
 
 def count_by_group(rank, n, per_node, bits):
     """Bytes that left this rank for others, near and far, counted where torch gets them, and the reducer's counters."""
-    counted = {"near": 0, "far": 0}
-    exchange, gather = transport.dist.all_to_all_single, transport._all_gather
     reducer = make_hierarchical(rank, n, per_node)
-
-    def of(group):
-        return "near" if group is reducer._nodes.near else "far"
-
-    def counting_exchange(output, input_, output_split_sizes, input_split_sizes, group):
-        own = rank % per_node if of(group) == "near" else rank // per_node
-        counted[of(group)] += sum(s for peer, s in enumerate(input_split_sizes) if peer != own)
-        return exchange(output, input_, output_split_sizes, input_split_sizes, group=group)
-
-    def counting_gather(output, input_, group):
-        counted[of(group)] += output.numel() - input_.numel()
-        return gather(output, input_, group=group)
-
-    transport.dist.all_to_all_single, transport._all_gather = counting_exchange, counting_gather
-    try:
+    near, far = reducer._nodes.near, reducer._nodes.far
+    with counted_bytes() as counted:
         reduced(reducer, gradients_of(rank, 0), step=0, bits=bits)
         reducer.close()
-    finally:
-        transport.dist.all_to_all_single, transport._all_gather = exchange, gather
-    return counted, reducer.counters
+    assert counted.keys() == {near, far}
+    return {"near": counted[near], "far": counted[far]}, reducer.counters
 
 
 @pytest.mark.parametrize("bits", [4, 16, 32])

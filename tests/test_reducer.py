@@ -4,9 +4,10 @@ import os
 
 import pytest
 import torch
+from links import counted_bytes
 from ranks import RankPool
 
-from cyclebnn_dist.comm import Codec, MismatchError, Reducer, build_layout, build_reducer, transport
+from cyclebnn_dist.comm import Codec, MismatchError, Reducer, build_layout, build_reducer
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
 from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.config.recipe import CommConfig
@@ -229,22 +230,7 @@ def test_blocks_that_are_mostly_padding_arrive_as_well_as_full_ones(ranks, codec
 
 
 def count_independently(rank, n):
-    counted = 0
-    exchange, gather = transport.dist.all_to_all_single, transport._all_gather
-
-    def counting_exchange(output, input_, output_split_sizes, input_split_sizes, group):
-        nonlocal counted
-        counted += sum(size for peer, size in enumerate(input_split_sizes) if peer != rank)
-        assert sum(input_split_sizes) == input_.numel() * input_.element_size()
-        return exchange(output, input_, output_split_sizes, input_split_sizes, group=group)
-
-    def counting_gather(output, input_, group):
-        nonlocal counted
-        counted += (n - 1) * input_.numel() * input_.element_size()
-        return gather(output, input_, group=group)
-
-    transport.dist.all_to_all_single, transport._all_gather = counting_exchange, counting_gather
-    try:
+    with counted_bytes() as counted:
         reducer = make_reducer(rank, n, shapes={"g": (1024, 256)}, block_size=256)
         rows = []
         for bits in WIDTHS:
@@ -252,9 +238,7 @@ def count_independently(rank, n):
             reducer.reduce({"g": torch.ones(1024, 256)}, step=0, bits=bits).wait()
             rows.append(reducer.counters.sent_bytes - before)
         reducer.close()
-    finally:
-        transport.dist.all_to_all_single, transport._all_gather = exchange, gather
-    return counted, rows, reducer.counters
+    return sum(counted.values()), rows, reducer.counters
 
 
 @pytest.mark.parametrize("n", [2, 4])

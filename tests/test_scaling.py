@@ -193,7 +193,7 @@ def train_by_sleeping(rank, n):
 
     flats = [torch.randn(SHAPE).view(-1) for _ in range(BUCKETS)]
     measured, sent = {}, {}
-    with slow_link(RATE, rank=rank):
+    with slow_link(RATE):
         costs = measure_codec(reducer.codec, BITS, device=device, slowest=slowest)
         link = measure_link(
             reducer.group, rank=rank, world_size=n, device=device, largest_bytes=2**20, slowest=slowest

@@ -118,7 +118,7 @@ def measure_for_real(rank, n, slowed):
         seed=1,
         device=torch.device("cpu"),
     )
-    with slow_link(2e6, rank=rank) if slowed == "link" else slow_codec():
+    with slow_link(2e6) if slowed == "link" else slow_codec():
         found = measure_and_judge(reducer, WIDTHS, world=world, bucket_mb=25.0)
     reducer.close()
     return found, torch.equal(before, torch.get_rng_state())

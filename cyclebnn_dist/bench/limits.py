@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cyclebnn_dist.comm import reducer as reducer_module
+from cyclebnn_dist.comm.transport import Transfer
 from cyclebnn_dist.world import World, gather_objects
 
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
@@ -71,17 +72,17 @@ def silent_network() -> Iterator[Silence]:
         silence.copy_core_seconds += time.thread_time() - core
 
     def to_owners(
-        outgoing: torch.Tensor, incoming: torch.Tensor, *, sizes: Sequence[int], rank: int, group: object
-    ) -> int:
+        outgoing: torch.Tensor, incoming: torch.Tensor, *, sizes: Sequence[int], rank: int, **_: object
+    ) -> Transfer:
         with copying():
             own = sum(sizes[:rank])
             incoming.view(len(sizes), -1).copy_(outgoing[own : own + sizes[rank]])
-        return 0
+        return Transfer(0)
 
-    def to_everyone(message: torch.Tensor, incoming: torch.Tensor, *, group: object) -> int:
+    def to_everyone(message: torch.Tensor, incoming: torch.Tensor, **_: object) -> Transfer:
         with copying():
             incoming.view(-1, len(message)).copy_(message)
-        return 0
+        return Transfer(0)
 
     reducer_module.to_owners, reducer_module.to_everyone = to_owners, to_everyone  # type: ignore[assignment]
     try:

@@ -17,8 +17,9 @@ class Counters:
         sent_bytes: payload of collectives that left this rank for others, headers and padding included.
         fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2.
         far_bytes: the part of sent_bytes that a hierarchical all-reduce sent to other nodes.
-        encode_seconds, wire_seconds, decode_seconds: of the communication thread (on a GPU: of the host, which only
-            enqueues).
+        encode_seconds, decode_seconds: of the communication threads, one of which works at a time.
+        wire_seconds: in which they handed messages over, or had nothing to do but wait for some. On a GPU all three are of
+            the host, which only enqueues.
         wait_seconds: from handing over the last bucket of a backward pass to its end: what was not hidden by it.
     """
 

@@ -1,20 +1,25 @@
-"""The executor: where exchanges run, one after the other in the order they were handed in.
+"""The executor: where exchanges run, begun in the order they were handed in.
 
-On a CPU that is a thread of its own, because a Gloo collective blocks its caller, and collectives started from
-callbacks of futures run in a different order on each rank. On a GPU it is a stream of its own: the host only
-enqueues, in the caller's thread.
+On a CPU, where a message is waited for in the thread that wants it, several threads have an exchange each, and one of them at
+a time works while the others wait for the network: what one encodes or decodes is done while bytes of others travel.
+On a GPU it is a stream of its own: the host only enqueues, in the caller's thread.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from time import perf_counter
 from typing import Protocol
 
 import torch
 
-Work = Callable[[], torch.Tensor]
+Exchange = Callable[[], None]
+
+UNDER_WAY = 4
+"""Exchanges at once: in either phase one on its way and one behind it."""
 
 
 class Executor(Protocol):
@@ -22,47 +27,126 @@ class Executor(Protocol):
 
     error: Exception | None
 
-    def submit(self, work: Work, flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-        """Run ``work``, which reads and writes ``flat``, after all that were submitted before."""
+    def submit(self, exchanges: Sequence[Exchange], flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+        """Run ``exchanges``, each of which reads and writes a part of ``flat``, after all that were submitted before.
+
+        Returns:
+            a future of ``flat``.
+        """
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around what an exchange does only to wait for the network."""
+
+    def take_idle_seconds(self) -> float:
+        """Seconds since the last call in which exchanges were under way and all of them waited."""
 
     def close(self) -> None:
         """Take no more work."""
 
 
+class _Bucket:
+    """Exchanges that are one piece of work to whoever submitted them."""
+
+    def __init__(self, flat: torch.Tensor, *, exchanges: int) -> None:
+        self.flat = flat
+        self.left = exchanges
+        self.future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+
+
 class ThreadExecutor:
-    """One first-in-first-out thread."""
+    """Threads that take turns. An exchange waits for the same exchange of its peers alone, so ranks need not agree on turns."""
 
     def __init__(self, name: str) -> None:
         self.error: Exception | None = None
-        self._queue: queue.SimpleQueue[tuple[Work, torch.futures.Future[torch.Tensor]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
+        self._queue: queue.SimpleQueue[tuple[Exchange, _Bucket] | None] = queue.SimpleQueue()
+        self._books = threading.Lock()
+        self._unfinished: set[_Bucket] = set()
+        self._turn = threading.Lock()
+        self._ended_turn = 0.0
+        self._num_waiting = 0
+        self._idle_seconds = 0.0
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
+            for number in range(UNDER_WAY)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def submit(self, work: Work, flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        self._queue.put((work, future))
-        return future
+    def submit(self, exchanges: Sequence[Exchange], flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+        bucket = _Bucket(flat, exchanges=len(exchanges))
+        with self._books:
+            error = self.error
+            if error is None:
+                self._unfinished.add(bucket)
+        if error is not None:
+            bucket.future.set_exception(error)  # type: ignore[arg-type]
+            return bucket.future
+        for exchange in exchanges:
+            self._queue.put((exchange, bucket))
+        return bucket.future
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._num_waiting += 1
+        self._end_turn()
+        try:
+            yield
+        finally:
+            self._take_turn()
+            self._num_waiting -= 1
+
+    def take_idle_seconds(self) -> float:
+        seconds, self._idle_seconds = self._idle_seconds, 0.0
+        return seconds
 
     def close(self) -> None:
-        self._queue.put(None)
+        for _ in self._threads:
+            self._queue.put(None)
         if self.error is None:
-            self._thread.join()
+            for thread in self._threads:
+                thread.join()
 
     @torch.no_grad()
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:
-            work, future = item
-            if self.error is None:
-                try:
-                    result = work()
-                except Exception as error:
-                    self.error = error
-            if self.error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(self.error)  # type: ignore[arg-type]
+            self._take_turn()
+            try:
+                if self.error is None:
+                    self._run(*item)
+            finally:
+                self._end_turn()
+
+    def _run(self, exchange: Exchange, bucket: _Bucket) -> None:
+        try:
+            exchange()
+        except Exception as error:
+            self._fail(error)
+            return
+        bucket.left -= 1
+        with self._books:
+            done = bucket.left == 0 and bucket in self._unfinished
+            self._unfinished -= {bucket} if done else set()
+        if done:
+            bucket.future.set_result(bucket.flat)
+
+    def _fail(self, error: Exception) -> None:
+        """Let everything that is not finished fail of the first error; what other exchanges wait for may never come."""
+        with self._books:
+            if self.error is not None:
+                return
+            self.error = error
+            unfinished, self._unfinished = self._unfinished, set()
+        for bucket in unfinished:
+            bucket.future.set_exception(error)  # type: ignore[arg-type]
+
+    def _take_turn(self) -> None:
+        self._turn.acquire()
+        if self._num_waiting:
+            self._idle_seconds += perf_counter() - self._ended_turn
+
+    def _end_turn(self) -> None:
+        self._ended_turn = perf_counter()
+        self._turn.release()
 
 
 class StreamExecutor:
@@ -74,7 +158,7 @@ class StreamExecutor:
         self._stream = torch.cuda.Stream(device, priority=-1)
 
     @torch.no_grad()
-    def submit(self, work: Work, flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    def submit(self, exchanges: Sequence[Exchange], flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         if self.error is not None:
             raise self.error
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[self._device])
@@ -82,11 +166,19 @@ class StreamExecutor:
         flat.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             try:
-                future.set_result(work())
+                for exchange in exchanges:
+                    exchange()
+                future.set_result(flat)
             except Exception as error:
                 self.error = error
                 raise
         return future
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take_idle_seconds(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -98,11 +190,17 @@ class InlineExecutor:
     def __init__(self) -> None:
         self.error: Exception | None = None
 
-    def submit(self, work: Work, flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    def submit(self, exchanges: Sequence[Exchange], flat: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         devices: list[int | str | torch.device] | None = [flat.device] if flat.device.type == "cuda" else None
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         future.set_result(flat)
         return future
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def take_idle_seconds(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         pass

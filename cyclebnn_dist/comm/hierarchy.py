@@ -24,6 +24,7 @@ from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.plan import Share, concatenate_shares, parameter_starts, share_of_owner
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reducer import Reducer, as_tensor
+from cyclebnn_dist.comm.scratch import Scratch
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
 
 
@@ -166,17 +167,20 @@ class HierarchicalReducer(Reducer):
         self._hierarchical_plans: dict[tuple[tuple[int, ...], int], HierarchicalPlan] = {}
 
     def _exchange(
-        self, flat: torch.Tensor, indices: tuple[int, ...], *, step: int, bits: int, loss_scale: float
-    ) -> torch.Tensor:
-        """Collective: every rank calls this. All phases, for one bucket."""
+        self,
+        flat: torch.Tensor,
+        indices: tuple[int, ...],
+        *,
+        step: int,
+        bits: int,
+        loss_scale: float,
+        tag: int,
+        scratch: Scratch,
+    ) -> None:
+        """Collective: every rank calls this. All phases, for one chunk."""
         plan, nodes, layout = self._hierarchical_plan(indices, bits), self._nodes, self.layout
         size, num_nodes = layout.ranks_per_node, layout.world_size // layout.ranks_per_node
-        words, timing, scratch, codec = (
-            step_words(self._seed, step),
-            self.counters.timing,
-            self._scratch,
-            self.codec,
-        )
+        words, timing, codec = step_words(self._seed, step), self.counters.timing, self.codec
         headers = [self._header(bits=bits, bucket=plan.digest, step=step, phase=phase) for phase in range(3)]
 
         with timing("encode"):
@@ -194,34 +198,44 @@ class HierarchicalReducer(Reducer):
         with timing("wire"):
             own_size = plan.near_sizes[nodes.place]
             incoming = scratch.get("incoming", size * own_size, torch.uint8)
-            sent = to_owners(outgoing, incoming, sizes=plan.near_sizes, rank=nodes.place, group=nodes.near)
+            within = to_owners(
+                outgoing, incoming, sizes=plan.near_sizes, rank=nodes.place, group=nodes.near, tag=tag
+            )
+        with self._waiting():
+            within.wait()
         messages = incoming.view(size, own_size)
         first = plan.near_starts[nodes.place * num_nodes]
         near_ranks = range(nodes.index * size, (nodes.index + 1) * size)
         for start in plan.near_starts[nodes.place * num_nodes : (nodes.place + 1) * num_nodes]:
             self._receive(headers[0], messages[:, start - first :], ranks=near_ranks)
         with timing("decode"):
-            small = self._mean(messages, plan.near_own.small, bits=plan.small_bits, name="near small")
-            wide = self._mean(messages, plan.near_own.wide, bits=plan.near_bits, name="near wide")
+            small = self._mean(
+                messages, plan.near_own.small, bits=plan.small_bits, to=scratch, name="near small"
+            )
+            wide = self._mean(messages, plan.near_own.wide, bits=plan.near_bits, to=scratch, name="near wide")
 
         with timing("encode"):
-            outgoing = scratch.get("far outgoing", sum(plan.far_sizes), torch.uint8)
+            far_outgoing = scratch.get("far outgoing", sum(plan.far_sizes), torch.uint8)
             for rows, pieces, width in (
                 (small, plan.far_out.small, plan.small_bits),
                 (wide, plan.far_out.wide, bits),
             ):
-                codec.encode_pieces(rows.view(-1), pieces, outgoing, bits=width, words=words, phase=1)
+                codec.encode_pieces(rows.view(-1), pieces, far_outgoing, bits=width, words=words, phase=1)
             for start in plan.far_starts:
-                outgoing[start : start + HEADER_BYTES] = as_tensor(headers[1], flat.device)
+                far_outgoing[start : start + HEADER_BYTES] = as_tensor(headers[1], flat.device)
         with timing("wire"):
             own_size = plan.far_sizes[nodes.index]
             incoming = scratch.get("far incoming", num_nodes * own_size, torch.uint8)
-            far = to_owners(outgoing, incoming, sizes=plan.far_sizes, rank=nodes.index, group=nodes.far)
+            between = to_owners(
+                far_outgoing, incoming, sizes=plan.far_sizes, rank=nodes.index, group=nodes.far, tag=tag
+            )
+        with self._waiting():
+            between.wait()
         messages = incoming.view(num_nodes, own_size)
         self._receive(headers[1], messages, ranks=range(nodes.place, layout.world_size, size))
         with timing("decode"):
-            small = self._mean(messages, plan.far_own.small, bits=plan.small_bits, name="small")
-            wide = self._mean(messages, plan.far_own.wide, bits=bits, name="wide")
+            small = self._mean(messages, plan.far_own.small, bits=plan.small_bits, to=scratch, name="small")
+            wide = self._mean(messages, plan.far_own.wide, bits=bits, to=scratch, name="wide")
 
         with timing("encode"):
             answer = scratch.get("answer", plan.padded_size, torch.uint8)
@@ -235,9 +249,14 @@ class HierarchicalReducer(Reducer):
             answer[:HEADER_BYTES] = as_tensor(headers[2], flat.device)
         with timing("wire"):
             from_nodes = scratch.get("from nodes", num_nodes * plan.padded_size, torch.uint8)
-            far += to_everyone(answer, from_nodes, group=nodes.far)
+            means = to_everyone(answer, from_nodes, rank=nodes.index, group=nodes.far, tag=tag + 1)
+        with self._waiting():
+            means.wait()
+        with timing("wire"):
             gathered = scratch.get("gathered", size * len(from_nodes), torch.uint8)
-            sent += far + to_everyone(from_nodes, gathered, group=nodes.near)
+            passed_on = to_everyone(from_nodes, gathered, rank=nodes.place, group=nodes.near, tag=tag + 1)
+        with self._waiting():
+            passed_on.wait()
         self._receive(headers[2], gathered.view(-1, plan.padded_size), ranks=plan.owners)
         with timing("decode"):
             for pieces, width in (
@@ -247,10 +266,16 @@ class HierarchicalReducer(Reducer):
                 codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
             if gradient is not flat:
                 flat.copy_(gradient)
+        transfers = (within, between, means, passed_on)
+        with self._waiting():
+            for transfer in transfers:
+                transfer.finish()
         self.counters.add_exchange(
-            sent_bytes=sent, far_bytes=far, numel=plan.numel, world_size=layout.world_size
+            sent_bytes=sum(transfer.sent_bytes for transfer in transfers),
+            far_bytes=between.sent_bytes + means.sent_bytes,
+            numel=plan.numel,
+            world_size=layout.world_size,
         )
-        return flat
 
     def _hierarchical_plan(self, indices: tuple[int, ...], bits: int) -> HierarchicalPlan:
         if (indices, bits) not in self._hierarchical_plans:

@@ -83,8 +83,12 @@ def measure_link(
         incoming = torch.empty_like(outgoing)
         (agreed,) = slowest([0.0])  # ranks begin together
         begun = _now(device)
-        to_owners(outgoing, incoming, sizes=[size] * world_size, rank=rank, group=group)
-        to_everyone(outgoing[:size], incoming, group=group)
+        first = to_owners(outgoing, incoming, sizes=[size] * world_size, rank=rank, group=group, tag=0)
+        first.wait()
+        second = to_everyone(outgoing[:size], incoming, rank=rank, group=group, tag=1)
+        second.wait()
+        first.finish()
+        second.finish()
         (agreed,) = slowest([_now(device) - begun])
         return agreed
 

@@ -123,6 +123,21 @@ def build_plan(
     )
 
 
+def cut_in_chunks(numels: Sequence[int], least: int) -> list[range]:
+    """Neighbouring parameters that travel together: places in ``numels`` of at least ``least`` elements in all."""
+    chunks, start, held = [], 0, 0
+    for place, numel in enumerate(numels):
+        held += numel
+        if held >= least:
+            chunks.append(range(start, place + 1))
+            start, held = place + 1, 0
+    if chunks and held < least // 2:  # too little for a chunk of its own
+        start = chunks.pop().start
+    if start < len(numels):
+        chunks.append(range(start, len(numels)))
+    return chunks
+
+
 def parameter_starts(parameters: Sequence[ParameterLayout]) -> tuple[int, ...]:
     """Where each parameter begins in the flat gradient, and where the last one ends."""
     return (0, *accumulate(p.numel for p in parameters))

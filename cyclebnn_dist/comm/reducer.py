@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +26,7 @@ from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.pieces import Pieces
-from cyclebnn_dist.comm.plan import Plan, build_plan
+from cyclebnn_dist.comm.plan import Plan, build_plan, cut_in_chunks
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
@@ -33,6 +34,9 @@ from cyclebnn_dist.comm.scratch import Scratch
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
 
 log = logging.getLogger(__name__)
+
+CHUNK_NUMEL = 2**20
+"""Elements of a chunk, at least: on a CPU one is encoded while others travel."""
 
 
 class Reducer:
@@ -72,7 +76,8 @@ class Reducer:
             self._feedback = ErrorFeedback(codec, layout, rank=rank, device=device)
         self._index = {parameter.name: parameter.index for parameter in layout.parameters}
         self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
-        self._scratch = Scratch(device)
+        self._idle_scratch: list[Scratch] = []
+        self._exchanges = 0
         self._unverified: list[tuple[Header, torch.Tensor, Sequence[int]]] = []
         self._step, self._bits, self._loss_scale = -1, 32, 1.0
         self._last_submit = 0.0
@@ -167,19 +172,56 @@ class Reducer:
         assert flat.is_contiguous()
         assert flat.numel() == sum(self.layout.parameters[index].numel for index in indices)
 
-        def work() -> torch.Tensor:
-            try:
-                return self._exchange(flat, indices, step=step, bits=bits, loss_scale=loss_scale)
-            except MismatchError:
-                raise
-            except Exception as error:
-                raise RuntimeError(
-                    f"rank {self._rank} of {self.layout.world_size}: averaging gradients at step {step} ({bits} bits) "
-                    f"failed: {error}. If a peer has ended, its own log says why."
-                ) from error
-
+        chunks = [range(len(indices))]
+        if self._device.type == "cpu":
+            chunks = cut_in_chunks([self.layout.parameters[index].numel for index in indices], CHUNK_NUMEL)
+        parts = flat.split([sum(self.layout.parameters[indices[i]].numel for i in chunk) for chunk in chunks])
+        exchanges = [
+            partial(
+                self._explained,
+                part,
+                indices[chunk.start : chunk.stop],
+                step=step,
+                bits=bits,
+                loss_scale=loss_scale,
+                number=self._exchanges + place,
+            )
+            for place, (part, chunk) in enumerate(zip(parts, chunks, strict=True))
+        ]
+        self._exchanges += len(exchanges)
         self._last_submit = perf_counter()
-        return self._executor.submit(work, flat)
+        return self._executor.submit(exchanges, flat)
+
+    def _explained(
+        self,
+        flat: torch.Tensor,
+        indices: tuple[int, ...],
+        *,
+        step: int,
+        bits: int,
+        loss_scale: float,
+        number: int,
+    ) -> None:
+        """Collective: every rank calls this. ``_exchange`` in scratch memory of its own, with errors that say where."""
+        scratch = self._idle_scratch.pop() if self._idle_scratch else Scratch(self._device)
+        try:
+            self._exchange(
+                flat,
+                indices,
+                step=step,
+                bits=bits,
+                loss_scale=loss_scale,
+                tag=2 * number,
+                scratch=scratch,
+            )
+        except MismatchError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"rank {self._rank} of {self.layout.world_size}: averaging gradients at step {step} ({bits} bits) "
+                f"failed: {error}. If a peer has ended, its own log says why."
+            ) from error
+        self._idle_scratch.append(scratch)
 
     def check(self) -> None:
         """Raise what an exchange failed with. On a GPU this is where messages are verified, and waits for them.
@@ -229,16 +271,28 @@ class Reducer:
         self._group = None
 
     def _exchange(
-        self, flat: torch.Tensor, indices: tuple[int, ...], *, step: int, bits: int, loss_scale: float
-    ) -> torch.Tensor:
-        """Collective: every rank calls this. Both phases, for one bucket."""
+        self,
+        flat: torch.Tensor,
+        indices: tuple[int, ...],
+        *,
+        step: int,
+        bits: int,
+        loss_scale: float,
+        tag: int,
+        scratch: Scratch,
+    ) -> None:
+        """Collective: every rank calls this. Both phases, for one chunk.
+
+        Args:
+            tag: this number and the next one are of this exchange alone.
+        """
         group = self._group
         assert group is not None
         plan = self._plan(indices, bits)
         answers = self._plan(indices, self.layout.mean_width(bits))
         world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
         words = step_words(self._seed, step)
-        feedback, timing, scratch = self._feedback, self.counters.timing, self._scratch
+        feedback, timing = self._feedback, self.counters.timing
 
         with timing("encode"):
             gradient = flat
@@ -256,13 +310,15 @@ class Reducer:
 
         with timing("wire"):
             incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
-            sent = to_owners(outgoing, incoming, sizes=plan.sizes, rank=self._rank, group=group)
+            gradients = to_owners(outgoing, incoming, sizes=plan.sizes, rank=self._rank, group=group, tag=tag)
+        with self._waiting():
+            gradients.wait()
         messages = incoming.view(world_size, own_size)
         self._receive(header, messages)
 
         with timing("decode"):
-            small = self._mean(messages, plan.own.small, bits=plan.small_bits, name="small")
-            wide = self._mean(messages, plan.own.wide, bits=plan.bits, name="wide")
+            small = self._mean(messages, plan.own.small, bits=plan.small_bits, to=scratch, name="small")
+            wide = self._mean(messages, plan.own.wide, bits=plan.bits, to=scratch, name="wide")
 
         with timing("encode"):
             feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
@@ -281,7 +337,9 @@ class Reducer:
 
         with timing("wire"):
             gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
-            sent += to_everyone(answer, gathered, group=group)
+            means_of_all = to_everyone(answer, gathered, rank=self._rank, group=group, tag=tag + 1)
+        with self._waiting():
+            means_of_all.wait()
         self._receive(header, gathered.view(world_size, answers.padded_size))
 
         with timing("decode"):
@@ -293,8 +351,19 @@ class Reducer:
             if gradient is not flat:
                 flat.copy_(gradient)
             feedback.see_result(flat)
-        self.counters.add_exchange(sent_bytes=sent, numel=plan.numel, world_size=world_size)
-        return flat
+        with self._waiting():
+            gradients.finish()
+            means_of_all.finish()
+        self.counters.add_exchange(
+            sent_bytes=gradients.sent_bytes + means_of_all.sent_bytes, numel=plan.numel, world_size=world_size
+        )
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around waiting for the network: other exchanges go on meanwhile."""
+        with self._executor.waiting():
+            yield
+        self.counters.wire_seconds += self._executor.take_idle_seconds()
 
     def _plan(self, indices: tuple[int, ...], bits: int) -> Plan:
         if (indices, bits) not in self._plans:
@@ -309,10 +378,12 @@ class Reducer:
             )
         return self._plans[indices, bits]
 
-    def _mean(self, messages: torch.Tensor, pieces: Pieces, *, bits: int, name: str) -> torch.Tensor:
+    def _mean(
+        self, messages: torch.Tensor, pieces: Pieces, *, bits: int, to: Scratch, name: str
+    ) -> torch.Tensor:
         """Mean over messages of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
         size = self.layout.block_size
-        rows = self._scratch.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
+        rows = to.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
         for message in messages:
             self.codec.add_pieces(message, pieces, rows, bits=bits)
         return rows.div_(len(messages))
