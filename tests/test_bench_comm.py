@@ -19,7 +19,7 @@ from worlds import make_world
 
 from cyclebnn_dist.__main__ import main
 from cyclebnn_dist.bench import limits, namespaces
-from cyclebnn_dist.bench.break_even import FASTEST, break_even, fit_cost
+from cyclebnn_dist.bench.break_even import break_even, fit_cost
 from cyclebnn_dist.bench.comm_plot import plot_comm
 from cyclebnn_dist.bench.comm_rounds import Contenders, Gradients, Settings, interface_bytes, measure_launch
 from cyclebnn_dist.bench.comm_summary import advise
@@ -37,6 +37,7 @@ from cyclebnn_dist.bench.local_ranks import free_port, launch_ranks
 from cyclebnn_dist.bench.paired import ratio_over_launches
 from cyclebnn_dist.bench.variants import all_variants, choose_variants
 from cyclebnn_dist.comm import build_reducer, reducer
+from cyclebnn_dist.comm.breakeven import FASTEST
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
 from cyclebnn_dist.config.recipe import CommConfig
 from cyclebnn_dist.config.schema import hints

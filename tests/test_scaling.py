@@ -53,16 +53,16 @@ def test_what_a_queue_leaves_exposed_is_what_is_seen_watching_it(buckets):
 def test_without_computation_all_is_exposed_and_with_much_of_it_only_the_last_bucket():
     loads = [Load({4: 3000}, 2000), Load({4: 5000}, 4000)]
     costs, link = {4: CodecCost(1e-9, 1e-9)}, Cluster(2, 1, 1e6, 1e9, 1e-6).link()
-    first, last = (exchange_seconds(load, costs, link, world_size=2) for load in loads)
+    first, last = (exchange_seconds(load, costs, link, world_size=2, overlap=False) for load in loads)
 
     def exposed(**given):
-        return step_exposure(loads, costs, link, world_size=2, **given)
+        return step_exposure(loads, costs, link, world_size=2, overlap=False, **given)
 
     assert exposed(compute_seconds=0.0) == pytest.approx(first + last)
     assert exposed(compute_seconds=100.0) == pytest.approx(last)
     between = exposed(compute_seconds=3 * first, passes=2)
     assert between == pytest.approx(max(3 / 8 * first + first, first) + last - first), "of one pass of two"
-    assert step_exposure(loads, costs, link, world_size=1, compute_seconds=1.0) == 0.0
+    assert step_exposure(loads, costs, link, world_size=1, compute_seconds=1.0, overlap=False) == 0.0
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(1e6, 1e12), st.floats(1e6, 1e12))
@@ -221,7 +221,7 @@ def train_by_sleeping(rank, n):
         for bits in BITS
     }
     predicted = {
-        bits: step_exposure(found, costs, link, world_size=n, compute_seconds=COMPUTE_SECONDS)
+        bits: step_exposure(found, costs, link, world_size=n, compute_seconds=COMPUTE_SECONDS, overlap=True)
         for bits, found in loads.items()
     }
     foretold = {bits: sum(load.sent_bytes for load in found) for bits, found in loads.items()}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SLOWEST, FASTEST = 1e4, 1e13
-"""Bytes a second between which a rate is searched for."""
+from cyclebnn_dist.comm.breakeven import breakeven_bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,5 @@ def fit_cost(*, seconds: float, sent_bytes: float, codec_seconds: float, rate: f
 
 
 def break_even(cost: Cost, baseline: Cost) -> float | None:
-    """The rate (bytes a second) at which both take as long; below it ``cost`` is the faster one.
-
-    Returns:
-        None where ``cost`` is the faster one at any rate; 0.0 where it is at none.
-    """
-    if cost.seconds(FASTEST) <= baseline.seconds(FASTEST):
-        return None
-    if cost.seconds(SLOWEST) >= baseline.seconds(SLOWEST):
-        return 0.0
-    low, high = SLOWEST, FASTEST
-    while high / low > 1.001:
-        middle = (low * high) ** 0.5
-        if cost.seconds(middle) < baseline.seconds(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    """The rate (bytes a second) at which both take as long, as ``breakeven_bytes_per_second`` gives it."""
+    return breakeven_bytes_per_second(cost.seconds, baseline.seconds)

@@ -6,13 +6,13 @@ An exchange of a bucket of n elements among N ranks takes
                           encoded again, m per message added up
     + l + s / B           link: l however few bytes, s bytes sent by a rank at B bytes a second
 
-one after the other, as the communication thread does them. ``bf16`` and ``fp32`` take the same path, with casts for a codec.
+where both are done one after the other, as on a GPU. Where they overlap (on a CPU), the longer of the two hides the shorter
+but for one chunk of it. ``bf16`` and ``fp32`` take the same path, with casts for a codec.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,9 @@ MODE_BITS: dict[Mode, int] = {"fp32": 32, "bf16": 16}
 
 MARGIN = 0.05
 """How much faster than a more exact mode one must be to be chosen: about what such a short measurement scatters by."""
+
+SLOWEST, FASTEST = 1e4, 1e13
+"""Bytes a second between which a break-even is searched for."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Load:
     Attributes:
         elements: how many elements travel at which bits; small tensors have a width of their own.
         sent_bytes: what a rank hands to the network in both phases.
+        chunks: how many it is cut into where codec and link overlap.
     """
 
     elements: Mapping[int, int]
     sent_bytes: int
+    chunks: int = 1
 
 
 def codec_seconds(load: Load, costs: Mapping[int, CodecCost], *, world_size: int) -> float:
@@ -81,17 +86,35 @@ def codec_seconds(load: Load, costs: Mapping[int, CodecCost], *, world_size: int
     return total
 
 
-def exchange_seconds(load: Load, costs: Mapping[int, CodecCost], link: Link, *, world_size: int) -> float:
-    """Seconds from a bucket's first byte encoded to its last one decoded."""
-    wire = link.latency_seconds + load.sent_bytes / link.bytes_per_second
-    return codec_seconds(load, costs, world_size=world_size) + wire
+def exchange_seconds(
+    load: Load, costs: Mapping[int, CodecCost], link: Link, *, world_size: int, overlap: bool
+) -> float:
+    """Seconds from a bucket's first byte encoded to its last one decoded.
+
+    Args:
+        overlap: whether one chunk is encoded while others travel.
+    """
+    codec = codec_seconds(load, costs, world_size=world_size)
+    wire = load.sent_bytes / link.bytes_per_second
+    hidden = min(codec, wire) * (1 - 1 / load.chunks) if overlap else 0.0
+    return link.latency_seconds + codec + wire - hidden
 
 
 def step_seconds(
-    loads: Sequence[Load], costs: Mapping[int, CodecCost], link: Link, *, world_size: int
+    loads: Sequence[Load], costs: Mapping[int, CodecCost], link: Link, *, world_size: int, overlap: bool
 ) -> float:
-    """Seconds of the exchanges of all buckets of a step, one after the other."""
-    return sum(exchange_seconds(load, costs, link, world_size=world_size) for load in loads)
+    """Seconds of the exchanges of all buckets of a step, all of them ready at once."""
+    if overlap:
+        loads = [_join(loads)]
+    return sum(exchange_seconds(load, costs, link, world_size=world_size, overlap=overlap) for load in loads)
+
+
+def _join(loads: Sequence[Load]) -> Load:
+    elements: dict[int, int] = {}
+    for load in loads:
+        for bits, count in load.elements.items():
+            elements[bits] = elements.get(bits, 0) + count
+    return Load(elements, sum(load.sent_bytes for load in loads), sum(load.chunks for load in loads))
 
 
 def schedule_mean(seconds: Mapping[int, float], steps: Mapping[int, int]) -> float:
@@ -105,16 +128,28 @@ def schedule_mean(seconds: Mapping[int, float], steps: Mapping[int, int]) -> flo
 
 
 def breakeven_bytes_per_second(
-    *, narrow_bytes: float, wide_bytes: float, narrow_codec_seconds: float, wide_codec_seconds: float
-) -> float:
+    narrow: Callable[[float], float], wide: Callable[[float], float]
+) -> float | None:
     """Rate of the link (bytes/s per rank) below which the narrow exchange is the faster one.
 
-    Infinity where its codec takes no longer, 0 where it does not send less.
+    Args:
+        narrow, wide: seconds of each at a rate; the narrow one gains on the other as the rate falls.
+
+    Returns:
+        None where the narrow one is faster at any rate; 0 where it is at none.
     """
-    saved_bytes, added_seconds = wide_bytes - narrow_bytes, narrow_codec_seconds - wide_codec_seconds
-    if saved_bytes <= 0:
+    if narrow(FASTEST) <= wide(FASTEST):
+        return None
+    if narrow(SLOWEST) >= wide(SLOWEST):
         return 0.0
-    return saved_bytes / added_seconds if added_seconds > 0 else math.inf
+    low, high = SLOWEST, FASTEST
+    while high / low > 1.001:
+        middle = (low * high) ** 0.5
+        if narrow(middle) < wide(middle):
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def choose(seconds: Mapping[Mode, float]) -> Mode:

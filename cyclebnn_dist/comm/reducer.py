@@ -26,7 +26,7 @@ from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.levels import MAX_CODE_BITS
 from cyclebnn_dist.comm.pieces import Pieces
-from cyclebnn_dist.comm.plan import Plan, build_plan, cut_in_chunks
+from cyclebnn_dist.comm.plan import CHUNK_NUMEL, Plan, build_plan, cut_in_chunks
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
@@ -34,9 +34,6 @@ from cyclebnn_dist.comm.scratch import Scratch
 from cyclebnn_dist.comm.transport import to_everyone, to_owners
 
 log = logging.getLogger(__name__)
-
-CHUNK_NUMEL = 2**20
-"""Elements of a chunk, at least: on a CPU one is encoded while others travel."""
 
 
 class Reducer:

@@ -70,12 +70,15 @@ def step_exposure(
     *,
     world_size: int,
     compute_seconds: float,
+    overlap: bool,
     passes: int = 1,
 ) -> float:
     """Seconds of a step's exchanges that the backward pass does not hide.
 
     Args:
         loads: of the step's buckets, in the order in which they leave.
+        overlap: whether codec and link overlap within a bucket; those of different buckets do not, which is a little
+            pessimistic.
         compute_seconds: of all forward and backward passes of the step.
         passes: how many there are (``train.accumulation``); gradients leave during the last one only.
     """
@@ -86,5 +89,6 @@ def step_exposure(
     exchanges, done = [], 0
     for load in loads:
         done += sum(load.elements.values())
-        exchanges.append((done / whole, exchange_seconds(load, costs, link, world_size=world_size)))
+        seconds = exchange_seconds(load, costs, link, world_size=world_size, overlap=overlap)
+        exchanges.append((done / whole, seconds))
     return exposed_seconds(exchanges, backward_seconds=backward)

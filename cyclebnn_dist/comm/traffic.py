@@ -1,4 +1,7 @@
-"""The traffic: how many bytes the all-reduce of a model's gradients hands to the network, without sending any."""
+"""The traffic: how many bytes the all-reduce of a model's gradients hands to the network, without sending any.
+
+A bucket counts as one message to each rank, as a GPU sends it. Chunks, into which a CPU cuts it, have a header of 32 bytes each.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.hierarchy import build_hierarchical_plan, near_width
 from cyclebnn_dist.comm.layout import Layout, ParameterLayout
 from cyclebnn_dist.comm.pieces import CAST_BYTES
+from cyclebnn_dist.comm.plan import CHUNK_NUMEL, cut_in_chunks
 
 FIRST_BUCKET_BYTES = 2**20
 """DDP lets the first gradients leave early."""
@@ -94,7 +98,8 @@ def bucket_loads(
         small_bits = layout.small_width(bits)
         elements[small_bits] = elements.get(small_bits, 0) + small
         sent = sent_bytes(layout, indices, bits=bits, codec=codec) if layout.world_size > 1 else 0
-        loads.append(Load(elements=elements, sent_bytes=sent))
+        chunks = len(cut_in_chunks([parameter.numel for parameter in parameters], CHUNK_NUMEL))
+        loads.append(Load(elements=elements, sent_bytes=sent, chunks=chunks))
     return loads
 
 

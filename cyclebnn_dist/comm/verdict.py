@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from cyclebnn_dist.comm.breakeven import (
@@ -95,12 +96,14 @@ def judge(
     *,
     codec_name: CodecName,
     bucket_mb: float,
+    overlap: bool,
 ) -> Verdict:
     """The verdict on a model and a schedule, from what was measured.
 
     Args:
         widths: how many steps of the run communicate at which bits.
         costs: of these bits, of 16 and 32, and of the layout's small width.
+        overlap: whether codec and link overlap, as they do on a CPU.
     """
     size = layout.world_size
     buckets = assumed_buckets(layout, bucket_mb=bucket_mb)
@@ -108,12 +111,10 @@ def judge(
         bits: bucket_loads(layout, buckets, bits=bits, codec=codec_name)
         for bits in {*widths, *MODE_BITS.values()}
     }
-    step = {bits: step_seconds(found, costs, link, world_size=size) for bits, found in loads.items()}
     codec = {
         bits: sum(codec_seconds(load, costs, world_size=size) for load in found)
         for bits, found in loads.items()
     }
-    sent = {bits: float(sum(load.sent_bytes for load in found)) for bits, found in loads.items()}
 
     def by_mode(values: Mapping[int, float]) -> dict[Mode, float]:
         return {
@@ -121,25 +122,32 @@ def judge(
             "quantized": schedule_mean(values, widths),
         }
 
-    seconds, codec_of, sent_of = by_mode(step), by_mode(codec), by_mode(sent)
-    pays_below = {
-        plain: breakeven_bytes_per_second(
-            narrow_bytes=sent_of["quantized"],
-            wide_bytes=sent_of[plain],
-            narrow_codec_seconds=codec_of["quantized"],
-            wide_codec_seconds=codec_of[plain],
+    def seconds_at(bytes_per_second: float) -> dict[Mode, float]:
+        at_rate = Link(link.latency_seconds, bytes_per_second)
+        return by_mode(
+            {
+                bits: step_seconds(found, costs, at_rate, world_size=size, overlap=overlap)
+                for bits, found in loads.items()
+            }
         )
+
+    def mode_seconds(mode: Mode, bytes_per_second: float) -> float:
+        return seconds_at(bytes_per_second)[mode]
+
+    pays_below: dict[Mode, float | None] = {
+        plain: breakeven_bytes_per_second(partial(mode_seconds, "quantized"), partial(mode_seconds, plain))
         for plain in MODE_BITS
     }
+    seconds = seconds_at(link.bytes_per_second)
     return Verdict(
         mode=choose(seconds),
         world_size=size,
         elements=sum(parameter.numel for parameter in layout.parameters),
         seconds=seconds,
-        codec_seconds=codec_of,
+        codec_seconds=by_mode(codec),
         link_bytes_per_second=link.bytes_per_second,
         link_latency_seconds=link.latency_seconds,
-        pays_below={plain: rate if rate < float("inf") else None for plain, rate in pays_below.items()},
+        pays_below=pays_below,
     )
 
 
@@ -168,7 +176,16 @@ def measure_and_judge(
         slowest=slowest,
     )
     return on_main(
-        world, lambda: judge(layout, widths, costs, link, codec_name=reducer.codec.name, bucket_mb=bucket_mb)
+        world,
+        lambda: judge(
+            layout,
+            widths,
+            costs,
+            link,
+            codec_name=reducer.codec.name,
+            bucket_mb=bucket_mb,
+            overlap=world.device.type == "cpu",
+        ),
     )
 
 

@@ -104,6 +104,7 @@ def plan_scaling(
                 compute_seconds=compute_seconds,
                 passes=recipe.train.accumulation,
                 total_steps=length.total_steps,
+                overlap=device.type == "cpu",
             )
             for name, steps in choices.items()
         }
@@ -134,17 +135,25 @@ def _predict(
     compute_seconds: float,
     passes: int,
     total_steps: int,
+    overlap: bool,
 ) -> dict[str, float]:
     """Means over steps, of which ``steps`` have which bits; bytes are those of rank 0."""
     size, link = cluster.world_size, cluster.link()
     exposed = {
         bits: step_exposure(
-            loads[bits], costs, link, world_size=size, compute_seconds=compute_seconds, passes=passes
+            loads[bits],
+            costs,
+            link,
+            world_size=size,
+            compute_seconds=compute_seconds,
+            passes=passes,
+            overlap=overlap,
         )
         for bits in steps
     }
     alone = {
-        bits: step_seconds(loads[bits], costs, link, world_size=size) if size > 1 else 0.0 for bits in steps
+        bits: step_seconds(loads[bits], costs, link, world_size=size, overlap=overlap) if size > 1 else 0.0
+        for bits in steps
     }
     sent = {bits: float(sum(load.sent_bytes for load in loads[bits])) for bits in steps}
     exposed_seconds, step_bytes = schedule_mean(exposed, steps), schedule_mean(sent, steps)
