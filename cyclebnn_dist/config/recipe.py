@@ -110,10 +110,14 @@ class BinaryConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images in the ImageNet folder layout, read through NVIDIA DALI."""
+    """Images in folders, WebDataset shards or CIFAR's files, read through NVIDIA DALI."""
 
     path: str = "sample_data"
-    """Folder with train/<class>/* and val/<class>/*."""
+    """Folder with train/<class>/* and val/<class>/*, or train/*.tar and val/*.tar, or CIFAR's binary files."""
+    format: Literal["auto", "folder", "webdataset", "cifar10", "cifar100"] = "auto"
+    """How images lie there; auto: as found."""
+    shuffle_shards: int = 0
+    """Shards whose images are shuffled together, so that only these are read at a time; 0: all images together."""
     image_size: int = 224
     """Side of the square network input, in pixels."""
     threads: int = 2
