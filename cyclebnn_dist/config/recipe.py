@@ -63,6 +63,8 @@ class ModelConfig:
     """Start from timm's published real-valued weights (from the hub's local cache or the network)."""
     weights: str = ""
     """Start from this file instead: a .safetensors state dict, or a checkpoint folder of this project."""
+    small_stem: bool = False
+    """Begin a ResNet with a 3x3 convolution of stride 1 and no pooling, as papers do for images of 32 pixels."""
     channels_last: bool = False
     """Keep images and convolution weights in channels_last memory layout."""
     compile: bool = False

@@ -333,6 +333,12 @@ def _check_model(recipe: Recipe) -> None:
             "stands beside model.pretrained=true",
             "there is one start: set only one of the two",
         )
+    if recipe.model.small_stem and recipe.model.pretrained:
+        raise RecipeError(
+            "model.small_stem",
+            "true beside model.pretrained=true, whose first convolution is another one",
+            "set one of the two to false",
+        )
     if recipe.binary.recompute and recipe.binary.method == "none" and not recipe.binary.methods:
         raise RecipeError(
             "binary.recompute",

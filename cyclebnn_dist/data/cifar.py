@@ -28,7 +28,7 @@ class CifarFormat:
         class_names: text file of class names, one a line.
         label_bytes: bytes in front of an image; the last of them is the (fine) class.
         records: images of every file as published, by split.
-        mean, std: per channel, of the training images in [0, 1] (computed from the published files, as widely used).
+        mean, std: per channel, of the training images in [0, 1], to the digits in common use.
     """
 
     folder: str

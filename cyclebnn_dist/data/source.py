@@ -95,6 +95,15 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
                 f"{config.image_size}, but images of {name} are not resized",
                 f"set data.image_size={CIFAR_SETS[name].side}",
             )
+        defaults = DataConfig()
+        if (config.mean, config.std) == (defaults.mean, defaults.std):
+            known = CIFAR_SETS[name]
+            log.warning(
+                "data.mean and data.std are ImageNet's; those of %s are mean: %s, std: %s",
+                name,
+                list(known.mean),
+                list(known.std),
+            )
         return scan_cifar(config.path, split, name=name, num_classes=num_classes)
     if name == "webdataset":
         return scan_shards(config.path, split, num_classes=num_classes)
