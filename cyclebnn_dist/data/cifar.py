@@ -139,7 +139,7 @@ def find_cifar(path: str | Path, name: str) -> Path | None:
     known = CIFAR_SETS[name]
     files = [file for files in known.files.values() for file in files]
     for folder in (Path(path) / known.folder, Path(path)):
-        if any((folder / file).is_file() for file in files):
+        if any(os.path.isfile(folder / file) for file in files):
             return folder
     return None
 

@@ -51,7 +51,7 @@ def read_shard(shard: Path) -> list[Sample]:
         RecipeError: the shard is cut short, its index does not fit it, or a sample has no image or no class, two of
             one, or the key of another; the message names shard and key.
     """
-    indexed = index_path(shard).exists()
+    indexed = os.path.exists(index_path(shard))
     groups = read_index(shard) if indexed else list_members(shard)
     samples, keys = [], set()
     try:

@@ -178,7 +178,7 @@ def scan_shards(path: str | Path, split: str, *, num_classes: int) -> ShardList:
             f"expected {root}/*.tar; `cyclebnn data pack` makes them of class folders",
         )
     classes = _class_names(Path(path) / CLASS_NAMES, num_classes)
-    bare = sum(not index_path(root / name).exists() for name in names)
+    bare = sum(not os.path.exists(index_path(root / name)) for name in names)
     if bare:
         log.info(
             "%s: %d of %d shards have no .idx file, reading their headers instead; wds2idx writes them",
