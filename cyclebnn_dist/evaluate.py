@@ -15,7 +15,7 @@ from cyclebnn_dist.binary import check_two_valued, set_widths
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
 from cyclebnn_dist.checkpoint import complete_checkpoints, damaged_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
-from cyclebnn_dist.data import EvalLoader, scan_folder
+from cyclebnn_dist.data import EvalLoader, open_source
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.models import build_model
@@ -99,9 +99,7 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
     folder = find_checkpoint(path)
     recipe = load_recipe(folder / SAVED_NAME, check_overrides(overrides))
     forward_bits = recipe.eval.forward_bits or read_meta(folder)["eval_forward_bits"]
-    images = on_main(
-        world, lambda: scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes)
-    )
+    images = on_main(world, lambda: open_source(recipe.data, "val", num_classes=recipe.model.num_classes))
     start = replace(recipe.model, pretrained=False, weights="")
     model, _ = build_model(start, recipe.binary, image_size=recipe.data.image_size)
     model.to(world.device)

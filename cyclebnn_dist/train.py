@@ -21,7 +21,7 @@ from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.data import EvalLoader, ImageList, TrainLoader, scan_folder
+from cyclebnn_dist.data import EvalLoader, Source, TrainLoader, open_source
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
@@ -109,10 +109,10 @@ def inspect_run_folder(run_dir: Path, recipe: Recipe) -> str | None:
     return finished_summary(run_dir, recipe)
 
 
-def scan_images(recipe: Recipe) -> tuple[ImageList, ImageList]:
+def scan_images(recipe: Recipe) -> tuple[Source, Source]:
     """Training and validation images, after checking that there are enough of them."""
-    train = scan_folder(recipe.data.path, "train", num_classes=recipe.model.num_classes)
-    val = scan_folder(recipe.data.path, "val", num_classes=recipe.model.num_classes)
+    train = open_source(recipe.data, "train", num_classes=recipe.model.num_classes)
+    val = open_source(recipe.data, "val", num_classes=recipe.model.num_classes)
     steps_per_epoch(recipe.train, num_images=len(train))
     return train, val
 
@@ -122,7 +122,7 @@ def assemble(
     world: World,
     *,
     run_dir: Path,
-    images: tuple[ImageList, ImageList],
+    images: tuple[Source, Source],
     checkpoint: Path | None,
 ) -> Run:
     """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built.

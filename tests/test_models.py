@@ -176,3 +176,15 @@ def test_activation_memory_an_image_is_that_of_large_batches(amp):
 def test_recomputing_nothing_is_refused():
     with pytest.raises(RecipeError, match=r"binary\.recompute"):
         validate(replace(Recipe(), binary=BinaryConfig(method="none", recompute=True)))
+
+
+def test_a_small_stem_keeps_the_resolution_of_small_images():
+    """Images of 32 pixels would be down to 8 before the first block, and accuracy points lower than the papers'."""
+    small = replace(RESNET, small_stem=True)
+    model = build(small)
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    assert model.maxpool(model.conv1(torch.randn(1, 3, 32, 32))).shape == (1, 64, 32, 32)
+    assert 0.9 < model.conv1.weight.std() / (2 / (64 * 9)) ** 0.5 < 1.1
+    assert refused(replace(small, name="vit_tiny_patch16_224")).key == "model.small_stem"
+    with pytest.raises(RecipeError, match="first convolution is another one"):
+        validate(Recipe(model=replace(small, pretrained=True)))

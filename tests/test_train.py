@@ -3,6 +3,7 @@
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 from launching import TINY_RECIPE
@@ -14,6 +15,7 @@ from cyclebnn_dist.agreement import parameter_hash
 from cyclebnn_dist.binary.methods import CycleBNN
 from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.config import RecipeError, load_recipe
+from cyclebnn_dist.data.pack import ShardSize, pack_folder
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.metrics import read_journal
 
@@ -135,7 +137,7 @@ def test_a_longer_run_needs_the_flag_that_says_so(ranks, recipe_file):
     assert "0.2 -> 0.4" in answer
 
 
-def stop_at(rank, size, path, step):
+def stop_at(rank, size, path, step, overrides=()):
     """Signal rank 1 in the middle of training step ``step``, as a cluster would; return status and result folder."""
     backward = DDPEngine.backward
     calls = []
@@ -148,9 +150,42 @@ def stop_at(rank, size, path, step):
 
     DDPEngine.backward = counted
     try:
-        return run(rank, size, path, [])
+        return run(rank, size, path, overrides)
     finally:
         DDPEngine.backward = backward
+
+
+@pytest.fixture
+def other_formats(tmp_path, tiny_data):
+    """Overrides of a run on the sample set as shards, and on a small set in CIFAR's format."""
+    pack_folder(tiny_data, tmp_path / "shards", shard_size=ShardSize(images=9), workers=1)
+    random = np.random.default_rng(0)
+    for file in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
+        records = random.integers(0, 256, size=(16, 3073)).astype(np.uint8)
+        records[:, 0] %= 10
+        records.tofile(tmp_path / file)
+    return {
+        "shards": [f"data.path={tmp_path / 'shards'}", "data.shuffle_shards=3"],
+        "cifar10": [f"data.path={tmp_path}", "data.format=cifar10", "model.small_stem=true"],
+    }
+
+
+@pytest.mark.parametrize("name", ["shards", "cifar10"])
+def test_runs_on_shards_and_cifar_stop_and_go_on_like_the_undisturbed_run(
+    ranks, recipe_file, other_formats, name
+):
+    """Only runs on folders would survive the night."""
+    overrides = [*other_formats[name], "train.epochs=1"]
+    undisturbed, stopped = recipe_file.parent / "undisturbed", recipe_file.parent / "run"
+    assert ranks(2, run, recipe_file, [*overrides, f"run.dir={undisturbed}"]) == [0, 0]
+    assert ranks(2, stop_at, recipe_file, 2, overrides) == [train.PREEMPTED, train.PREEMPTED]
+    assert ranks(2, run, recipe_file, overrides) == [0, 0]
+    expected, found = (load_file(newest(folder) / "model.safetensors") for folder in (undisturbed, stopped))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+    summary = json.loads((stopped / "summary.json").read_text())
+    (result, _), _ = ranks(2, evaluated, recipe_file, [])
+    assert result["images"] == {"shards": 30, "cifar10": 16}[name]
+    assert result["top1"] == summary["eval_top1"]
 
 
 def test_a_signal_to_one_rank_saves_all_and_the_next_start_equals_the_undisturbed_run(ranks, recipe_file):

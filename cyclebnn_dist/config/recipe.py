@@ -63,6 +63,8 @@ class ModelConfig:
     """Start from timm's published real-valued weights (from the hub's local cache or the network)."""
     weights: str = ""
     """Start from this file instead: a .safetensors state dict, or a checkpoint folder of this project."""
+    small_stem: bool = False
+    """Begin a ResNet with a 3x3 convolution of stride 1 and no pooling, as papers do for images of 32 pixels."""
     channels_last: bool = False
     """Keep images and convolution weights in channels_last memory layout."""
     compile: bool = False
@@ -110,10 +112,14 @@ class BinaryConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images in the ImageNet folder layout, read through NVIDIA DALI."""
+    """Images in folders, WebDataset shards or CIFAR's files, read through NVIDIA DALI."""
 
     path: str = "sample_data"
-    """Folder with train/<class>/* and val/<class>/*."""
+    """Folder with train/<class>/* and val/<class>/*, or train/*.tar and val/*.tar, or CIFAR's binary files."""
+    format: Literal["auto", "folder", "webdataset", "cifar10", "cifar100"] = "auto"
+    """How images lie there; auto: as found."""
+    shuffle_shards: int = 0
+    """Shards whose images are shuffled together, so that only these are read at a time; 0: all images together."""
     image_size: int = 224
     """Side of the square network input, in pixels."""
     threads: int = 2

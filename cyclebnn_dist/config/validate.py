@@ -22,6 +22,7 @@ MAY_CHANGE = frozenset(
         "model.pretrained",
         "model.weights",
         "data.path",
+        "data.format",
         "data.threads",
         "data.prefetch",
         "train.accumulation",
@@ -149,7 +150,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs run.health_every comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs run.health_every data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",
@@ -331,6 +332,12 @@ def _check_model(recipe: Recipe) -> None:
             "model.weights",
             "stands beside model.pretrained=true",
             "there is one start: set only one of the two",
+        )
+    if recipe.model.small_stem and recipe.model.pretrained:
+        raise RecipeError(
+            "model.small_stem",
+            "true beside model.pretrained=true, whose first convolution is another one",
+            "set one of the two to false",
         )
     if recipe.binary.recompute and recipe.binary.method == "none" and not recipe.binary.methods:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Data: the ImageNet folder layout, DALI pipelines, loaders whose order is a function of the step, a sample set."""
+"""Data: sources of images, DALI pipelines, loaders whose order is a function of the step, a sample set."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ if TYPE_CHECKING:
     from cyclebnn_dist.data.loader import EvalLoader, TrainLoader
     from cyclebnn_dist.data.reader import Batch
     from cyclebnn_dist.data.sample import generate_sample
+    from cyclebnn_dist.data.source import Source, open_source
 
 __all__ = [
     "Batch",
     "EvalLoader",
     "ImageList",
+    "Source",
     "TrainLoader",
     "generate_sample",
+    "open_source",
     "scan_folder",
 ]
 
-_HOMES = {"Batch": "reader", "EvalLoader": "loader", "TrainLoader": "loader", "generate_sample": "sample"}
+_HOMES = {
+    "Batch": "reader",
+    "EvalLoader": "loader",
+    "ImageList": "folder",
+    "Source": "source",
+    "TrainLoader": "loader",
+    "generate_sample": "sample",
+    "open_source": "source",
+    "scan_folder": "folder",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +40,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'folder')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

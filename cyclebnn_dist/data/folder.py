@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,6 +36,8 @@ class ImageList:
     files: list[str]
     labels: np.ndarray
     classes: list[str]
+    kind: ClassVar[Literal["paths"]] = "paths"
+    shard_sizes: ClassVar[Sequence[int]] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -41,6 +45,23 @@ class ImageList:
     def path(self, index: int) -> str:
         """Full path of image ``index``."""
         return os.path.join(self.root, self.files[index])
+
+    def name(self, index: int) -> str:
+        """Full path of image ``index``."""
+        return self.path(index)
+
+    def encoded(self, index: int) -> bytes:
+        """The file of image ``index``.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return Path(self.path(index)).read_bytes()
+
+    def inputs(self, ids: np.ndarray) -> dict[str, Any]:
+        """``paths``: names of the files, which DALI reads, uint8 each."""
+        encoded = (self.path(int(index)).encode(errors="surrogateescape") for index in ids)
+        return {"paths": [np.frombuffer(path, np.uint8) for path in encoded]}
 
     @cached_property
     def digest(self) -> int:

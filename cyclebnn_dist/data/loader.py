@@ -14,14 +14,16 @@ import torch
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data.folder import ImageList
-from cyclebnn_dist.data.order import epoch_permutation, uniforms
+from cyclebnn_dist.data.cifar_pipeline import padded_crop_feeds
+from cyclebnn_dist.data.order import epoch_permutation, uniforms, windowed_permutation
 from cyclebnn_dist.data.pipeline import num_columns, training_feeds
 from cyclebnn_dist.data.reader import Batch, Reader
+from cyclebnn_dist.data.source import Source
 
 log = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
+_NOT_IN_PIXELS = ("path", "format", "shuffle_shards", "threads", "prefetch")
 
 
 class TrainLoader:
@@ -29,7 +31,8 @@ class TrainLoader:
 
     Micro-batch ``m`` of an epoch takes places ``[m * B * W, (m + 1) * B * W)`` of the epoch's permutation,
     ``B`` images for each of the ``W`` ranks; after ``steps_per_epoch`` micro-batches the next permutation
-    begins, and the places left over are not read. The augmentation of an image depends on its place, not on
+    begins, and the places left over are not read. Where images lie in shards, ``config.shuffle_shards`` says how many
+    of them the permutation mixes at a time. The augmentation of an image depends on its place, not on
     the rank that reads it: with the same images per optimizer step, another number of ranks, micro-batch or
     accumulation sees the same images, equally augmented.
 
@@ -38,7 +41,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: ImageList,
+        images: Source,
         config: DataConfig,
         *,
         batch_size: int,
@@ -69,6 +72,7 @@ class TrainLoader:
             )
         self.steps_per_epoch = steps_per_epoch or len(images) // self._global
         assert 0 < self.steps_per_epoch * self._global <= len(images)
+        self._window = config.shuffle_shards if config.shuffle_shards < len(images.shard_sizes) else 0
         self._images = images
         self._config = config
         self._batch_size = batch_size
@@ -131,6 +135,7 @@ class TrainLoader:
             "global_batch": self._global,
             "seed": self._seed,
             "dataset": self._images.digest,
+            "window": self._window,
             "pipeline": self._fingerprint(),
         }
 
@@ -151,6 +156,7 @@ class TrainLoader:
                 ("state version", state["version"] != _STATE_VERSION),
                 ("data set", state["dataset"] != self._images.digest),
                 ("seed", state["seed"] != self._seed),
+                ("data.shuffle_shards", state.get("window", 0) != self._window),
                 ("steps per epoch", saved_epoch_images != self.steps_per_epoch * self._global),
                 ("global batch", bool(place % self._global or read_images % self._global)),
             )
@@ -179,29 +185,34 @@ class TrainLoader:
         self._submitted = self._position
 
     def _fill(self, reader: Reader) -> None:
-        while len(reader) < self._config.prefetch:
+        while reader.room:
             epoch, step = divmod(self._submitted, self.steps_per_epoch)
             first = (step - self._skipped_in(epoch)) * self._global + self._rank * self._batch_size
             places = range(first, first + self._batch_size)
             random = uniforms(places, num_columns(self._config), seed=self._seed, epoch=epoch)
-            reader.submit(
-                self._order(epoch)[places.start : places.stop], **training_feeds(self._config, random)
-            )
+            feeds = training_feeds(self._config, random)
+            if self._images.kind == "pixels":
+                feeds = padded_crop_feeds(feeds)
+            reader.submit(self._order(epoch)[places.start : places.stop], **feeds)
             self._submitted += 1
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._permutation[0] != epoch:
-            self._permutation = (epoch, epoch_permutation(len(self._images), seed=self._seed, epoch=epoch))
+            self._permutation = (epoch, self._permute(epoch))
         return self._permutation[1]
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        sizes = self._images.shard_sizes
+        if self._window:
+            return windowed_permutation(sizes, window=self._window, seed=self._seed, epoch=epoch)
+        return epoch_permutation(len(self._images), seed=self._seed, epoch=epoch)
 
     def _skipped_in(self, epoch: int) -> int:
         """Batches of ``epoch`` whose places were not read, because a resume began its order anew."""
         return self._restarted[1] if epoch == self._restarted[0] else 0
 
     def _fingerprint(self) -> str:
-        settings = [
-            value for name, value in vars(self._config).items() if name not in ("path", "threads", "prefetch")
-        ]
+        settings = [value for name, value in vars(self._config).items() if name not in _NOT_IN_PIXELS]
         text = repr((settings, nvidia.dali.__version__, self._device.type))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -219,7 +230,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        images: ImageList,
+        images: Source,
         config: DataConfig,
         *,
         batch_size: int,
@@ -257,7 +268,7 @@ class EvalLoader:
             )
         reader = self._reader
         starts = iter(range(0, len(self._mine), self._batch_size))
-        for start in itertools.islice(starts, self._config.prefetch):
+        for start in itertools.islice(starts, reader.room):
             reader.submit(self._mine[start : start + self._batch_size])
         while len(reader):
             batch = reader.collect()

@@ -7,6 +7,8 @@ without reading what came before, and neither the number of ranks nor prefetchin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 _PERMUTATION, _AUGMENTATION = 0, 1
@@ -16,6 +18,28 @@ def epoch_permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """A permutation of ``range(count)``, int64 [count], another one every epoch."""
     keys = _philox(seed, epoch, _PERMUTATION).random_raw(count)
     return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+def windowed_permutation(sizes: Sequence[int], *, window: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of ``range(sum(sizes))`` that reads few shards at a time, int64, another one every epoch.
+
+    The shards are shuffled and cut into groups of ``window``; the images of a group are shuffled together and are
+    all read before those of the next group. So while a place is read, only ``window`` shards are in use, whichever
+    rank reads it, and an image meets in its batch images of ``window - 1`` other shards, others every epoch. With as
+    many shards as there are, or more, it is ``epoch_permutation``.
+
+    Args:
+        sizes: images of each shard; those of shard i are numbered on from those of shard i - 1.
+        window: shards of a group, at least 1; the last group may have fewer.
+    """
+    assert window > 0
+    count = sum(sizes)
+    generator = _philox(seed, epoch, _PERMUTATION)
+    keys = generator.random_raw(count)
+    turn = np.empty(len(sizes), np.int64)
+    turn[np.argsort(generator.random_raw(len(sizes)), kind="stable")] = np.arange(len(sizes))
+    group = np.repeat(turn // window, sizes)
+    return np.lexsort((keys, group)).astype(np.int64)
 
 
 def uniforms(places: range, columns: int, *, seed: int, epoch: int) -> np.ndarray:

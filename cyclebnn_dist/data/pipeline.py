@@ -18,6 +18,7 @@ from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from nvidia.dali.auto_aug.core import select, signed_bin
 
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,15 @@ _FILL = 128
 
 
 def build_pipeline(
-    config: DataConfig, *, training: bool, batch_size: int, device: torch.device, layout: str
+    config: DataConfig,
+    *,
+    training: bool,
+    batch_size: int,
+    device: torch.device,
+    layout: str,
+    kind: str = "paths",
 ) -> Any:
-    """Build a pipeline with the inputs of ``feeds`` and the outputs (images, ids).
+    """Build a pipeline with the inputs of a source of ``kind`` and of the feeds, and the outputs (images, ids).
 
     Images are float32 on ``device``, [B, 3, S, S] for the layout ``CHW``, [B, S, S, 3] for ``HWC``; ids are
     int64 [B] on the CPU.
@@ -44,6 +51,7 @@ def build_pipeline(
             config,
             layout=layout,
             decode="mixed" if device.type == "cuda" else "cpu",
+            kind=kind,
             batch_size=batch_size,
             num_threads=config.threads,
             device_id=(device.index or 0) if device.type == "cuda" else None,
@@ -120,7 +128,10 @@ def _normalise(images: Any, config: DataConfig, layout: str, **kwargs: Any) -> A
     )
 
 
-def _encoded() -> tuple[Any, Any]:
+def _encoded(kind: str = "paths") -> tuple[Any, Any]:
+    if kind == "encoded":
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+        return encoded, fn.external_source(name="ids", ndim=0, dtype=types.INT64)
     paths = fn.external_source(name="paths", ndim=1, dtype=types.UINT8)
     ids = fn.external_source(name="ids", ndim=0, dtype=types.INT64)
     return fn.io.file.read(paths, dont_use_mmap=True), ids
@@ -153,12 +164,16 @@ def _crop_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
 
 
 @pipeline_def(enable_conditionals=True)
-def _training_pipeline(config: DataConfig, layout: str, decode: str) -> tuple[Any, Any]:
-    encoded, ids = _encoded()
-    start, shape = _crop_window(encoded, config)
-    images = fn.decoders.image_slice(encoded, device=decode, start=start, shape=shape, axis_names="HW")
+def _training_pipeline(config: DataConfig, layout: str, decode: str, kind: str) -> tuple[Any, Any]:
     side = config.image_size
-    images = fn.resize(images, size=[side, side], interp_type=_interpolation(config), antialias=True)
+    if kind == "pixels":
+        images, ids = stored_images(decode)
+        images = padded_crop(images, side)
+    else:
+        encoded, ids = _encoded(kind)
+        start, shape = _crop_window(encoded, config)
+        images = fn.decoders.image_slice(encoded, device=decode, start=start, shape=shape, axis_names="HW")
+        images = fn.resize(images, size=[side, side], interp_type=_interpolation(config), antialias=True)
     if config.augment != "none":
         suite = _suite(config)
         operation = fn.external_source(name="operation", ndim=1, dtype=types.INT32)
@@ -179,8 +194,11 @@ def _training_pipeline(config: DataConfig, layout: str, decode: str) -> tuple[An
 
 
 @pipeline_def
-def _evaluation_pipeline(config: DataConfig, layout: str, decode: str) -> tuple[Any, Any]:
-    encoded, ids = _encoded()
+def _evaluation_pipeline(config: DataConfig, layout: str, decode: str, kind: str) -> tuple[Any, Any]:
+    if kind == "pixels":
+        images, ids = stored_images(decode)
+        return _normalise(images, config, layout), ids
+    encoded, ids = _encoded(kind)
     images = fn.decoders.image(encoded, device=decode)
     side = config.image_size
     images = fn.resize(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +17,11 @@ from PIL import Image
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data.folder import ImageList
 from cyclebnn_dist.data.pipeline import build_pipeline
+from cyclebnn_dist.data.source import Source
+
+READ_THREADS = 4
+READ_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class Batch:
     Attributes:
         images: float32 [B, 3, S, S], normalised, on the loader's device.
         labels: int64 [B], class indices, on the loader's device.
-        ids: int64 [B], indices into the image list, on the CPU.
+        ids: int64 [B], indices into the source, on the CPU.
     """
 
     images: torch.Tensor
@@ -32,11 +40,15 @@ class Batch:
 
 
 class Reader:
-    """First in, first out: ``submit`` starts work on a batch, ``collect`` waits for the oldest one."""
+    """First in, first out: ``submit`` starts work on a batch, ``collect`` waits for the oldest one.
+
+    DALI holds ``config.prefetch`` batches. Where this process reads the files, ``READ_AHEAD`` further ones are read
+    by threads meanwhile, and handed to DALI when it has room.
+    """
 
     def __init__(
         self,
-        images: ImageList,
+        source: Source,
         config: DataConfig,
         *,
         batch_size: int,
@@ -44,8 +56,8 @@ class Reader:
         device: torch.device,
         channels_last: bool,
     ) -> None:
-        self._images = images
-        self._labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
+        self._source = source
+        self._labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         self._device = device
         self._channels_last = channels_last
         self._pipeline = build_pipeline(
@@ -54,13 +66,22 @@ class Reader:
             batch_size=batch_size,
             device=device,
             layout="HWC" if channels_last else "CHW",
+            kind=source.kind,
         )
+        self._depth = config.prefetch
+        self._pool = ThreadPoolExecutor(READ_THREADS) if source.kind == "encoded" else None
+        self._waiting: deque[tuple[np.ndarray, dict[str, np.ndarray], Callable[[], dict[str, Any]]]] = deque()
         self._in_flight: deque[np.ndarray] = deque()
         self._primed = False
 
     def __len__(self) -> int:
         """Batches submitted and not collected."""
-        return len(self._in_flight)
+        return len(self._waiting) + len(self._in_flight)
+
+    @property
+    def room(self) -> int:
+        """Batches that may be submitted at once, so that neither DALI nor what reads ahead of it is idle."""
+        return self._depth + (READ_AHEAD if self._pool else 0) - len(self)
 
     def submit(self, ids: np.ndarray, **feeds: np.ndarray) -> None:
         """Start reading images ``ids``; ``feeds`` are further inputs of the pipeline, [B, ...] each.
@@ -70,8 +91,8 @@ class Reader:
         """
         if not self._primed:
             self._prime(ids[:1], {name: values[:1] for name, values in feeds.items()})
-        self._feed(ids, feeds)
-        self._schedule()
+        self._waiting.append((ids, feeds, self._read(ids)))
+        self._advance()
 
     def collect(self) -> Batch:
         """Wait for the oldest batch.
@@ -79,6 +100,10 @@ class Reader:
         Raises:
             RecipeError: an image cannot be read; the message names the file.
         """
+        self._advance()
+        return self._collect()
+
+    def _collect(self) -> Batch:
         try:
             if self._device.type == "cuda":
                 outputs = self._pipeline.share_outputs(torch.cuda.current_stream(self._device).cuda_stream)
@@ -98,18 +123,32 @@ class Reader:
     def _prime(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
         """A pipeline's first run takes as many batches as it prefetches; give it ones that nobody asked for."""
         for _ in range(self._pipeline.prefetch_queue_depth):
-            self._feed(ids, feeds)
+            self._feed(ids, feeds, self._source.inputs(ids))
         self._schedule()
         while self._in_flight:
-            self.collect()
+            self._collect()
         self._primed = True
 
-    def _feed(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
-        encoded = (self._images.path(int(index)).encode(errors="surrogateescape") for index in ids)
-        paths = [np.frombuffer(path, np.uint8) for path in encoded]
+    def _read(self, ids: np.ndarray) -> Callable[[], dict[str, Any]]:
+        """Begin to read images ``ids``; what is returned waits for them."""
+        if self._pool is None:
+            return partial(self._source.inputs, ids)
+        parts = np.array_split(ids, min(READ_THREADS, len(ids)))
+        futures = [self._pool.submit(self._source.inputs, part) for part in parts]
+        kind = self._source.kind
+        return lambda: {kind: [image for future in futures for image in future.result()[kind]]}
+
+    def _advance(self) -> None:
+        """Hand waiting batches to DALI while it has room."""
+        while self._waiting and len(self._in_flight) < self._depth:
+            ids, feeds, read = self._waiting.popleft()
+            self._feed(ids, feeds, read())
+            self._schedule()
+
+    def _feed(self, ids: np.ndarray, feeds: dict[str, np.ndarray], inputs: dict[str, Any]) -> None:
         self._in_flight.append(ids)
         try:
-            for name, values in {"paths": paths, "ids": ids, **feeds}.items():
+            for name, values in {**inputs, "ids": ids, **feeds}.items():
                 self._pipeline.feed_input(name, values)
         except RuntimeError as error:
             raise self._explain(error) from error
@@ -121,14 +160,19 @@ class Reader:
             raise self._explain(error) from error
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """DALI's message does not name the file, so look for it among the batches in flight."""
-        files = [self._images.path(int(index)) for index in itertools.chain.from_iterable(self._in_flight)]
-        for path in files:
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except Exception as reason:
-                return RecipeError(
-                    "data.path", f"cannot read image {path}: {reason}", "repair or remove the file"
-                )
-        return RuntimeError(f"DALI failed on one of {', '.join(files)}: {error}")
+        """DALI's message does not name the image, so look for it among the batches in flight."""
+        ids = [int(index) for index in itertools.chain.from_iterable(self._in_flight)]
+        if self._source.kind != "pixels":
+            for index in ids:
+                try:
+                    with Image.open(io.BytesIO(self._source.encoded(index))) as image:
+                        image.load()
+                except Exception as reason:
+                    return RecipeError(
+                        "data.path",
+                        f"cannot read image {self._source.name(index)}: {reason}",
+                        "repair or remove the file"
+                        if self._source.kind == "paths"
+                        else "make the shard again",
+                    )
+        return RuntimeError(f"DALI failed on one of {', '.join(map(self._source.name, ids))}: {error}")

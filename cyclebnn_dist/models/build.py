@@ -37,6 +37,8 @@ def build_model(model: ModelConfig, binary: BinaryConfig, *, image_size: int) ->
         RecipeError: unknown model, keyword argument or weights, or a model that cannot take the images.
     """
     network = create_backbone(model, image_size=image_size)
+    if model.small_stem:
+        replace_stem_(network, model)
     input_size = (3, image_size, image_size)
     _check_images(network, model, input_size=input_size)
     weights = read_weights(Path(model.weights)) if model.weights else {}
@@ -100,6 +102,24 @@ def create_backbone(model: ModelConfig, *, image_size: int) -> nn.Module:
         if "img_size" in arguments:
             raise _cannot_take(model, image_size, error) from error
         raise
+
+
+def replace_stem_(network: nn.Module, model: ModelConfig) -> None:
+    """Replace a ResNet's stem, in place, by that of CIFAR papers: a 3x3 convolution of stride 1, no pooling.
+
+    Raises:
+        RecipeError: the model has no such stem.
+    """
+    stem = getattr(network, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or not isinstance(getattr(network, "maxpool", None), nn.Module):
+        raise RecipeError(
+            "model.small_stem",
+            f"{model.name} does not begin with a convolution 'conv1' and a pool 'maxpool'",
+            "set it to false; it is for resnet18, resnet34, resnet50 and their kin",
+        )
+    convolution = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=stem.bias is not None)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1, network.maxpool = convolution, nn.Identity()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
