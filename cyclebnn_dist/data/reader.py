@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.decoding import Decoding, problem_of_file
 from cyclebnn_dist.data.folder import ImageList
 from cyclebnn_dist.data.pipeline import build_pipeline
 
@@ -21,7 +21,7 @@ class Batch:
     """Images of one step of one rank.
 
     Attributes:
-        images: float32 [B, 3, S, S], normalised, on the loader's device.
+        images: [B, 3, S, S] of type ``data.dtype``, normalised, on the loader's device.
         labels: int64 [B], class indices, on the loader's device.
         ids: int64 [B], indices into the image list, on the CPU.
     """
@@ -29,6 +29,9 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+
+IMAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Reader:
@@ -48,6 +51,7 @@ class Reader:
         self._labels = torch.from_numpy(images.labels.astype(np.int64)).to(device)
         self._device = device
         self._channels_last = channels_last
+        self._dtype = IMAGE_DTYPE[config.dtype]
         self._pipeline = build_pipeline(
             config,
             training=training,
@@ -93,6 +97,7 @@ class Reader:
         self._pipeline.release_outputs()
         expected = self._in_flight.popleft()
         assert np.array_equal(ids.numpy(), expected)
+        images = images.to(self._dtype)  # DALI has no bfloat16
         return Batch(images=images, labels=self._labels[ids.to(self._device)], ids=ids)
 
     def _prime(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
@@ -121,14 +126,15 @@ class Reader:
             raise self._explain(error) from error
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """DALI's message does not name the file, so look for it among the batches in flight."""
+        """DALI's message does not name the file: decode those in flight one by one."""
+        decoding = Decoding(device=self._device)
         files = [self._images.path(int(index)) for index in itertools.chain.from_iterable(self._in_flight)]
         for path in files:
-            try:
-                with Image.open(path) as image:
-                    image.load()
-            except Exception as reason:
+            problem = problem_of_file(path, decoding)
+            if problem:
                 return RecipeError(
-                    "data.path", f"cannot read image {path}: {reason}", "repair or remove the file"
+                    "data.path",
+                    f"cannot read image {path}: {problem}",
+                    "repair it, or leave it out by data.skip_list; cyclebnn data check finds all such files",
                 )
         return RuntimeError(f"DALI failed on one of {', '.join(files)}: {error}")
