@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cyclebnn_dist.data.folder import ImageList, scan_folder
     from cyclebnn_dist.data.loader import EvalLoader, TrainLoader
+    from cyclebnn_dist.data.mixing import Mixing
     from cyclebnn_dist.data.reader import Batch
     from cyclebnn_dist.data.sample import generate_sample
+    from cyclebnn_dist.data.skip import list_images
 
 __all__ = [
     "Batch",
     "EvalLoader",
     "ImageList",
+    "Mixing",
     "TrainLoader",
     "generate_sample",
+    "list_images",
     "scan_folder",
 ]
 
-_HOMES = {"Batch": "reader", "EvalLoader": "loader", "TrainLoader": "loader", "generate_sample": "sample"}
+_HOMES = {
+    "Batch": "reader",
+    "EvalLoader": "loader",
+    "Mixing": "mixing",
+    "TrainLoader": "loader",
+    "generate_sample": "sample",
+    "list_images": "skip",
+}
 
 
 def __getattr__(name: str) -> Any:

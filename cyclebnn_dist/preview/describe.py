@@ -17,7 +17,7 @@ from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.traffic import count_step
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.data import scan_folder
+from cyclebnn_dist.data import list_images
 from cyclebnn_dist.engine.buckets import Buckets, observe_buckets
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.precision import Schedule, build_schedule, training_saving
@@ -69,7 +69,7 @@ def run_length(
 
 def _count_images(recipe: Recipe) -> int:
     try:
-        return len(scan_folder(recipe.data.path, "train", num_classes=recipe.model.num_classes))
+        return len(list_images(recipe.data, "train", num_classes=recipe.model.num_classes))
     except RecipeError as error:
         if error.key != "data.path":
             raise
