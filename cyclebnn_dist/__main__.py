@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "data",
         lambda options: options.run_data(options),
         "make or inspect data sets",
-        "  cyclebnn data sample sample_data",
+        "  cyclebnn data sample sample_data\n  cyclebnn data check /data/imagenet --out bad.txt",
     )
     _add_data_commands(data)
     return parser

@@ -223,7 +223,7 @@ def run_on(pixels, feeds, node, *, conditionals=False):
 def test_colour_jitter_changes_pixels_as_torchvision_does():
     from torchvision.transforms import functional
 
-    config = DataConfig(color_jitter=(0.4, 0.4, 0.4, 0.0))
+    config, without_saturation = (DataConfig(color_jitter=(0.4, 0.4, extent, 0.0)) for extent in (0.4, 0.0))
     random = uniforms(range(40), 4, seed=1, epoch=0)
     feeds = jitter.feeds(config, random)
     # Far enough from black and white that nothing is cut: then torchvision's order has no say.
@@ -234,6 +234,11 @@ def test_colour_jitter_changes_pixels_as_torchvision_does():
         for name in ("contrast", "brightness", "saturation"):
             image = getattr(functional, f"adjust_{name}")(image, float(feeds[name][row]))
         assert np.abs(found[row] - image.permute(1, 2, 0).numpy() * 255).max() < 2
+    bright = {"brightness": np.array([1.4], np.float32), "contrast": np.array([1.4], np.float32)}
+    white = run_on(
+        np.full((4, 4, 3), 250, np.uint8), bright, lambda images: jitter.jittered(images, without_saturation)
+    )
+    assert (white == 255).all()
 
 
 def test_colour_jitter_has_torchvisions_ranges():

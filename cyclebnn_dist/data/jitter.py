@@ -59,9 +59,12 @@ def jittered(images: Any, config: DataConfig) -> Any:
         images = fn.hsv(images, saturation=factor["saturation"], hue=factor["hue"])
     if "contrast" in factor:
         colour = fn.reductions.mean(images, axes=(0, 1))
-        grey = fn.reductions.sum(colour * types.Constant(np.array(_LUMA, np.float32)))
+        grey = colour[0] * _LUMA[0] + colour[1] * _LUMA[1] + colour[2] * _LUMA[2]
         images = fn.brightness_contrast(
-            images, brightness=factor["brightness"], contrast=factor["contrast"], contrast_center=grey
+            images,
+            brightness=factor["brightness"],
+            contrast=factor["contrast"],
+            contrast_center=grey.cpu(),  # where it is not already: DALI takes parameters there
         )
     return images
 
