@@ -35,7 +35,7 @@ def distance(left, right):
 
 
 BOUND = 0.045
-"""Two samples of 3500 from one distribution are further apart than this once in 900 times."""
+"""Two samples of 3500 from one distribution are further apart than this once in 600 times."""
 DRAWS = 3500
 
 

@@ -34,8 +34,8 @@ def build_pipeline(
 ) -> Any:
     """Build a pipeline with the inputs of ``feeds`` and the outputs (images, ids).
 
-    Images are float32 (float16 for ``data.dtype=fp16``) on ``device``, [B, 3, S, S] for the layout ``CHW``, [B, S, S, 3] for ``HWC``; ids are
-    int64 [B] on the CPU.
+    Images are float32 (float16 for ``data.dtype=fp16``) on ``device``, [B, 3, S, S] for the layout ``CHW``,
+    [B, S, S, 3] for ``HWC``; ids are int64 [B] on the CPU.
     """
     build = _training_pipeline if training else _evaluation_pipeline
     with warnings.catch_warnings(record=True) as caught:
