@@ -168,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "data",
         lambda options: options.run_data(options),
         "make or inspect data sets",
-        "  cyclebnn data sample sample_data",
+        "  cyclebnn data sample sample_data\n  cyclebnn data check /data/imagenet --out bad.txt",
     )
     _add_data_commands(data)
     return parser
@@ -288,6 +288,26 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
         "--split", nargs="+", default=[], metavar="SPLIT", help="which ones (default: train and val)"
     )
     pack.add_argument("--seed", type=int, default=0, help="seed of the shuffle before packing (default: 0)")
+    check = commands.add_parser(
+        "check",
+        help="find every file and folder that training would stumble over",
+        description="Decode every image of train/ and val/ with DALI, as training will, and list files that cannot be "
+        "read, empty classes, classes that train and val do not share, files and folders that are not read, and "
+        "broken links. Exit status: 0 nothing found, 1 problems found, 2 refused.",
+        epilog="examples:\n  cyclebnn data check /data/imagenet\n"
+        "  cyclebnn data check /data/imagenet --threads 16 --out bad.txt\n"
+        "  cyclebnn train recipes/imagenet_resnet18.yaml data.path=/data/imagenet data.skip_list=bad.txt",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.set_defaults(run_data=_data_check)
+    check.add_argument("path", type=Path, metavar="DIR", help="folder with train/<class>/* and val/<class>/*")
+    check.add_argument(
+        "--threads", type=int, default=0, help="images decoded at the same time (default: one per core)"
+    )
+    check.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the images that cannot be read as a data.skip_list"
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -450,6 +470,32 @@ def _data_pack(options: argparse.Namespace) -> int:
         )
     print(f"{'wrote' if written else 'complete already:'} {options.target}")
     return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    if options.threads < 0:
+        raise RecipeError("--threads", f"{options.threads} is out of range", "it must be 0 or more")
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise RecipeError("--out", f"folder {options.out.absolute().parent} does not exist")
+    from cyclebnn_dist.data.check import check_folder, render
+    from cyclebnn_dist.data.check_progress import check_progress
+    from cyclebnn_dist.data.skip import write_skip_list
+
+    try:
+        with check_progress() as progress:
+            report = check_folder(options.path, threads=options.threads, progress=progress)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(json.dumps(report.to_dict()) if options.json else render(report))
+    if options.out:
+        bad = report.skippable()
+        write_skip_list(
+            options.out, bad, heading=[f"{len(bad)} images of {options.path} that cannot be read"]
+        )
+        if bad and not options.json:
+            print(f"\nto train without these images: data.skip_list={options.out}")
+    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

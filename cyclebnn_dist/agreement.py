@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cyclebnn_dist.world import World, gather_objects, library_versions
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.world import World, gather_objects, library_versions, share_refusal
 
 FIELDS = (
     "recipe",
@@ -104,16 +105,24 @@ class Agreement:
             self._compare(gather_objects(self._world, self._fields))
         return bool(self._message[-1].item())
 
-    def all_finite(self, finite: bool) -> bool:
+    def all_finite(self, finite: bool, *, refusal: RecipeError | None = None) -> bool:
         """Collective: every rank calls this, after the reduction. Whether the averaged gradient is finite on all ranks.
 
         Averaged gradients are the same bytes everywhere, so ranks find the same by themselves; where one does not
         (a faulty device, say), its update would part it from the others for good.
+
+        Args:
+            refusal: why this rank's part of the gradient means nothing, such as an image that cannot be read.
+
+        Raises:
+            RecipeError: on every rank, if one gave a refusal; nothing has been updated yet.
         """
         begun = perf_counter()
-        flag = torch.tensor([int(finite)])
+        flag = torch.tensor([int(finite) if refusal is None else -1])
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._group)
         self.seconds += perf_counter() - begun
+        if flag.item() < 0:
+            share_refusal(self._world, refusal)
         return bool(flag.item())
 
     def _compare(self, everyone: Sequence[Mapping[str, int | str]]) -> None:

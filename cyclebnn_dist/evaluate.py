@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cyclebnn_dist.binary import check_two_valued, set_widths
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
 from cyclebnn_dist.checkpoint import complete_checkpoints, damaged_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
-from cyclebnn_dist.data import EvalLoader, open_source
+from cyclebnn_dist.data import Batch, EvalLoader, open_source
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.models import build_model
@@ -26,6 +26,7 @@ from cyclebnn_dist.world import (
     leave_world,
     mean_in_rank_order,
     on_main,
+    share_refusal,
     sum_over_ranks,
 )
 
@@ -51,6 +52,7 @@ def evaluate(
     The model, its buffers and its mode are afterwards as before.
 
     Raises:
+        RecipeError: on every rank, naming the file: an image cannot be read.
         RuntimeError: a binary weight is not two-valued (see ``check_two_valued``).
     """
     dtype = AUTOCAST_DTYPE.get(amp)
@@ -61,7 +63,7 @@ def evaluate(
     set_widths(model, forward_bits=forward_bits, backward_bits=32)
     check_two_valued(model)
     with using_buffers(model, averaged_buffers(model, world=world)):
-        for batch in loader:
+        for batch in refusable(loader, world=world):
             with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
                 logits = model(batch.images)
             logits = logits.float()
@@ -73,6 +75,20 @@ def evaluate(
     top1, top5, images = sum_over_ranks(world, counts).tolist()
     loss = mean_in_rank_order(world, loss_sum).item() * world.size / images
     return Evaluation(top1=100.0 * top1 / images, top5=100.0 * top5 / images, loss=loss, images=images)
+
+
+def refusable(batches: Iterable[Batch], *, world: World) -> Iterator[Batch]:
+    """Collective: every rank calls this, and exhausts it. This rank's batches, until one cannot be read.
+
+    Raises:
+        RecipeError: on every rank, after its own batches, if one of another rank's cannot be read either.
+    """
+    refusal = None
+    try:
+        yield from batches
+    except RecipeError as error:
+        refusal = error
+    share_refusal(world, refusal)
 
 
 def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from torch import nn
 from cyclebnn_dist import resume
 from cyclebnn_dist.agreement import compare_parameters, digest
 from cyclebnn_dist.binary import set_progress, set_widths
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.losses import kurtosis_penalty
 from cyclebnn_dist.optimizer import learning_rate
@@ -44,6 +46,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
     """Collective: every rank calls this. Train from ``run.step`` to the end, or to an agreed stop.
 
     Raises:
+        RecipeError: on every rank, naming the file, when one of them cannot read an image; the run can be resumed.
         RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
     """
     config = run.recipe.run
@@ -100,6 +103,7 @@ def train_step(run: Run) -> StepResult:
     total_loss = torch.zeros((), device=run.world.device)
     data_seconds = 0.0
     stop = False
+    refusal: RecipeError | None = None
     set_progress(run.model, step / run.total_steps)
     for micro_step in range(accumulation):
         last = micro_step == accumulation - 1
@@ -111,15 +115,17 @@ def train_step(run: Run) -> StepResult:
             seed=recipe.run.seed * run.world.size + run.world.rank,
         )
         waiting = time.perf_counter()
-        batch = run.train_loader.next()
+        if refusal is None:
+            batch, refusal = next_batch(run)
         data_seconds += time.perf_counter() - waiting
         forward: Callable[[torch.Tensor], torch.Tensor] = run.engine.forward
         if micro_step == 0 and run.health.due(step + 1):
             forward = run.health.watching(forward)
         with nullcontext() if last else run.engine.accumulating():
-            logits = forward(batch.images)
+            images, targets = run.mixing(batch.images, batch.labels, step=step * accumulation + micro_step)
+            logits = forward(images)
             loss = nn.functional.cross_entropy(
-                logits, batch.labels, label_smoothing=recipe.train.label_smoothing
+                logits, targets, label_smoothing=recipe.train.label_smoothing
             ) + kurtosis_penalty(
                 run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
             )
@@ -128,7 +134,7 @@ def train_step(run: Run) -> StepResult:
             run.engine.backward(loss / accumulation)
         total_loss += loss.detach() / accumulation
     grad_norm = run.engine.clip(recipe.train.clip_norm)
-    updated = run.agreement.all_finite(bool(torch.isfinite(grad_norm)))
+    updated = run.agreement.all_finite(bool(torch.isfinite(grad_norm)), refusal=refusal)
     run.engine.step(skip=not updated)
     if run.ema and updated:
         run.ema.update(run.model, step=step)
@@ -143,6 +149,17 @@ def train_step(run: Run) -> StepResult:
         data_seconds=data_seconds,
         agreement_seconds=run.agreement.seconds - agreed_before,
     )
+
+
+def next_batch(run: Run) -> tuple[Batch, RecipeError | None]:
+    """The next batch; where it cannot be read, a blank one and why.
+
+    Others wait in this step's exchanges, which a blank batch lets end; the update is then left out.
+    """
+    try:
+        return run.train_loader.next(), None
+    except RecipeError as error:
+        return run.train_loader.blank(), error
 
 
 class Window:

@@ -14,7 +14,7 @@ from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.comm.breakeven import Mode
 from cyclebnn_dist.comm.verdict import Verdict
 from cyclebnn_dist.config import Recipe
-from cyclebnn_dist.data import EvalLoader, TrainLoader
+from cyclebnn_dist.data import EvalLoader, Mixing, TrainLoader
 from cyclebnn_dist.engine import Engine
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.precision.schedule import Schedule
@@ -37,6 +37,7 @@ class Run:
     schedule: Schedule
     agreement: Agreement
     train_loader: TrainLoader
+    mixing: Mixing
     eval_loader: EvalLoader
     health: Health
     totals: Totals

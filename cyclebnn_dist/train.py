@@ -21,7 +21,7 @@ from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.data import EvalLoader, Source, TrainLoader, open_source
+from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, open_source
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
@@ -53,7 +53,8 @@ def main(recipe: Recipe) -> int:
         FINISHED, or PREEMPTED if a signal asked to stop and a checkpoint was written.
 
     Raises:
-        RecipeError: on every rank, for what the user can mend; the run folder is then as it was.
+        RecipeError: on every rank, for what the user can mend. The run folder is then as it was, unless training had
+            begun; it can then be resumed.
     """
     world = discover_world()
     configure_logging(rank=world.rank, size=world.size)
@@ -87,13 +88,7 @@ def run_recipe(recipe: Recipe, world: World) -> int:
     if checkpoint:
         resume.restore(run, checkpoint)
     announce(run)
-    try:
-        ended = loop.train(run)
-    except RecipeError as error:
-        if world.size == 1:
-            raise
-        raise RuntimeError(f"on rank {world.rank} alone: {error}") from error
-    if ended == "preempted":
+    if loop.train(run) == "preempted":
         return leave_preempted(run)
     summary = on_main(world, lambda: write_summary(run))
     run.wandb.summarize(summarize(run))
@@ -132,6 +127,13 @@ def assemble(
     """
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
+    mixing = Mixing(
+        recipe.data,
+        num_classes=recipe.model.num_classes,
+        batch_size=batch_size,
+        seed=recipe.run.seed,
+        rank=world.rank,
+    )
     epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
     run_steps = total_steps(recipe.train, steps_per_epoch=epoch_steps)
     resume.seed_generators(recipe.run.seed)
@@ -203,6 +205,7 @@ def assemble(
         schedule=schedule,
         agreement=agreement,
         train_loader=train_loader,
+        mixing=mixing,
         eval_loader=eval_loader,
         health=Health(model, every=recipe.run.health_every, compiled=recipe.model.compile),
         totals=Totals(),

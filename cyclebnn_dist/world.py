@@ -270,6 +270,17 @@ def all_succeed(world: World, function: Callable[[], None], *, what: str) -> Non
     raise RuntimeError(f"{what} failed on {len(failed)} of {world.size} ranks: {message}") from failure
 
 
+def share_refusal(world: World, refusal: RecipeError | None) -> None:
+    """Collective: every rank calls this. Let what one rank has to refuse end all of them, and in the same words.
+
+    Raises:
+        RecipeError: on every rank, the one of the first rank that gives one.
+    """
+    for each in gather_objects(world, refusal):
+        if each is not None:
+            raise each
+
+
 def mean_in_rank_order(world: World, values: torch.Tensor) -> torch.Tensor:
     """Collective: every rank calls this. Mean over ranks of a CPU float tensor, summed in rank order in fp64.
 

@@ -132,12 +132,32 @@ class DataConfig:
     """Aspect ratio of the random resized crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    augment: Literal["none", "randaugment", "trivialaugment"] = "none"
-    """Further augmentation, from DALI's own library."""
+    augment: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
+    """Further augmentation, from DALI's own library; autoaugment is its policy for ImageNet."""
     randaugment_num_ops: int = 2
     """Operations RandAugment applies to an image."""
     randaugment_magnitude: int = 9
     """Strength of RandAugment's operations, 0 to 30."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Ranges of brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0 means off.
+    timm's default 0.4 is [0.4, 0.4, 0.4, 0]. Beside augment both are done, this one last."""
+    erasing: float = 0.0
+    """Probability that a rectangle of 0.02 to 1/3 of the image's area is erased (random erasing, as timm's)."""
+    erasing_mode: Literal["const", "pixel"] = "const"
+    """What an erased rectangle becomes: the mean colour, or normal noise at every pixel."""
+    mixup: float = 0.0
+    """Mixup, alpha of its Beta distribution; 0 means off. Batches of a rank must then be even."""
+    cutmix: float = 0.0
+    """CutMix, alpha of its Beta distribution; 0 means off. Beside mixup each batch gets one of the two."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix rather than mixup, where both are on."""
+    skip_list: str = ""
+    """File of images to leave out, one train/<class>/<file> or val/<class>/<file> a line, # for comments;
+    cyclebnn data check --out writes one."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the images given to the model; bf16 and fp16 need the same train.amp, and spare it a conversion."""
     crop_pct: float = 0.875
     """Evaluation: side of the centre crop as a fraction of the resized shorter side (timm's crop_pct)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"

@@ -23,6 +23,7 @@ MAY_CHANGE = frozenset(
         "model.weights",
         "data.path",
         "data.format",
+        "data.skip_list",
         "data.threads",
         "data.prefetch",
         "train.accumulation",
@@ -155,7 +156,17 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _at_least(0),
         "0 or more",
     ),
-    ("data.flip", _between(0, 1), "from 0 to 1"),
+    (
+        "data.flip data.erasing data.mixup_prob data.mixup_switch_prob",
+        _between(0, 1),
+        "from 0 to 1",
+    ),
+    ("data.mixup data.cutmix", _at_least(0), "0 or more"),
+    (
+        "data.color_jitter",
+        lambda value: min(value) >= 0 and value[3] <= 0.5,
+        "four numbers, 0 or more, the last one (hue) up to 0.5",
+    ),
     ("data.crop_pct", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("data.randaugment_magnitude", _between(0, 30), "from 0 to 30"),
     ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
@@ -177,6 +188,12 @@ def _check_data(recipe: Recipe) -> None:
     if not 0 < low <= high:
         raise RecipeError(
             "data.ratio", f"[{low}, {high}] is not a range of ratios", "it needs 0 < low <= high"
+        )
+    if recipe.data.dtype not in ("fp32", recipe.train.amp):
+        raise RecipeError(
+            "data.dtype",
+            f"{recipe.data.dtype} stands beside train.amp={recipe.train.amp}",
+            "set it to fp32, or both to the same type",
         )
 
 

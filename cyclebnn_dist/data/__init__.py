@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cyclebnn_dist.data.folder import ImageList, scan_folder
     from cyclebnn_dist.data.loader import EvalLoader, TrainLoader
+    from cyclebnn_dist.data.mixing import Mixing
     from cyclebnn_dist.data.reader import Batch
     from cyclebnn_dist.data.sample import generate_sample
     from cyclebnn_dist.data.source import Source, open_source
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "EvalLoader",
     "ImageList",
+    "Mixing",
     "Source",
     "TrainLoader",
     "generate_sample",
@@ -26,6 +28,7 @@ _HOMES = {
     "Batch": "reader",
     "EvalLoader": "loader",
     "ImageList": "folder",
+    "Mixing": "mixing",
     "Source": "source",
     "TrainLoader": "loader",
     "generate_sample": "sample",

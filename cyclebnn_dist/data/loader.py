@@ -15,15 +15,16 @@ import torch
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data.cifar_pipeline import padded_crop_feeds
+from cyclebnn_dist.data.erasing import erase_
 from cyclebnn_dist.data.order import epoch_permutation, uniforms, windowed_permutation
 from cyclebnn_dist.data.pipeline import num_columns, training_feeds
-from cyclebnn_dist.data.reader import Batch, Reader
+from cyclebnn_dist.data.reader import IMAGE_DTYPE, Batch, Reader
 from cyclebnn_dist.data.source import Source
 
 log = logging.getLogger(__name__)
 
 _STATE_VERSION = 1
-_NOT_IN_PIXELS = ("path", "format", "shuffle_shards", "threads", "prefetch")
+_NO_PART_OF_PIXELS = ("path", "format", "skip_list", "shuffle_shards", "threads", "prefetch")
 
 
 class TrainLoader:
@@ -113,9 +114,21 @@ class TrainLoader:
             )
         self._fill(self._reader)
         batch = self._reader.collect()
+        epoch, places = self._places(self._position)
+        erase_(batch.images, self._config, places=places, seed=self._seed, epoch=epoch)
         self._position += 1
         self._fill(self._reader)
         return batch
+
+    def blank(self) -> Batch:
+        """A batch of mean colour in class 0, of the shapes and types of ``next``; the position stays."""
+        side = self._config.image_size
+        shape = (self._batch_size, 3, side, side)
+        images = torch.zeros(shape, dtype=IMAGE_DTYPE[self._config.dtype], device=self._device)
+        if self._channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(self._batch_size, dtype=torch.int64)
+        return Batch(images=images, labels=labels.to(self._device), ids=labels)
 
     def seek(self, position: int) -> None:
         """Continue as if ``position`` batches had been handed out."""
@@ -186,15 +199,19 @@ class TrainLoader:
 
     def _fill(self, reader: Reader) -> None:
         while reader.room:
-            epoch, step = divmod(self._submitted, self.steps_per_epoch)
-            first = (step - self._skipped_in(epoch)) * self._global + self._rank * self._batch_size
-            places = range(first, first + self._batch_size)
+            epoch, places = self._places(self._submitted)
             random = uniforms(places, num_columns(self._config), seed=self._seed, epoch=epoch)
             feeds = training_feeds(self._config, random)
             if self._images.kind == "pixels":
                 feeds = padded_crop_feeds(feeds)
             reader.submit(self._order(epoch)[places.start : places.stop], **feeds)
             self._submitted += 1
+
+    def _places(self, position: int) -> tuple[int, range]:
+        """Epoch of the batch at ``position``, and the places of this rank's images in its permutation."""
+        epoch, step = divmod(position, self.steps_per_epoch)
+        first = (step - self._skipped_in(epoch)) * self._global + self._rank * self._batch_size
+        return epoch, range(first, first + self._batch_size)
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._permutation[0] != epoch:
@@ -212,7 +229,7 @@ class TrainLoader:
         return self._restarted[1] if epoch == self._restarted[0] else 0
 
     def _fingerprint(self) -> str:
-        settings = [value for name, value in vars(self._config).items() if name not in _NOT_IN_PIXELS]
+        settings = [value for name, value in vars(self._config).items() if name not in _NO_PART_OF_PIXELS]
         text = repr((settings, nvidia.dali.__version__, self._device.type))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_PERMUTATION, _AUGMENTATION = 0, 1
+_PERMUTATION, AUGMENTATION, ERASING, MIXING = range(4)
 
 
 def epoch_permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -42,20 +42,26 @@ def windowed_permutation(sizes: Sequence[int], *, window: int, seed: int, epoch:
     return np.lexsort((keys, group)).astype(np.int64)
 
 
-def uniforms(places: range, columns: int, *, seed: int, epoch: int) -> np.ndarray:
+def uniforms(
+    places: range, columns: int, *, seed: int, epoch: int, purpose: int = AUGMENTATION
+) -> np.ndarray:
     """Random numbers in [0, 1), float64 [len(places), columns]; a row depends on its place alone.
 
     Args:
         places: consecutive places of the epoch's permutation.
         columns: a multiple of 4, the words Philox makes per counter value.
+        purpose: numbers for another purpose are independent ones.
     """
     assert columns % 4 == 0
     assert places.step == 1
-    generator = _philox(seed, epoch, _AUGMENTATION)
+    generator = _philox(seed, epoch, purpose)
     generator.advance(places.start * (columns // 4))
     words = generator.random_raw(len(places) * columns)
     return (words >> np.uint64(11)).astype(np.float64).reshape(len(places), columns) * 2.0**-53
 
 
 def _philox(seed: int, epoch: int, purpose: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed, epoch * 2 + purpose], dtype=np.uint64))
+    assert 0 <= seed < 2**32
+    return np.random.Philox(
+        key=np.array([seed | purpose >> 1 << 32, epoch * 2 + purpose % 2], dtype=np.uint64)
+    )

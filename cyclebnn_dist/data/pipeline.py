@@ -1,7 +1,8 @@
 """The DALI pipelines: from file names and random numbers to normalised batches, on CPU or GPU.
 
 A pipeline draws no random numbers of its own: they come in with the file names, so that a batch is a pure
-function of what is fed. One description serves both devices; only the decoder's backend differs.
+function of what is fed. One description serves both devices; only the decoder's backend differs. Orientations
+noted in EXIF are not applied, as timm and torchvision do not.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import numpy as np
 import torch
 from nvidia import dali
 from nvidia.dali import math, pipeline_def
-from nvidia.dali.auto_aug import rand_augment, trivial_augment
-from nvidia.dali.auto_aug.core import select, signed_bin
 
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data import augment, jitter
 from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,7 @@ fn: Any = dali.fn
 types: Any = dali.types
 
 CROP_ATTEMPTS = 10
-MAGNITUDE_BINS = 31
-_FILL = 128
+_CROP_COLUMNS = 2 * CROP_ATTEMPTS + 3
 
 
 def build_pipeline(
@@ -42,8 +41,8 @@ def build_pipeline(
 ) -> Any:
     """Build a pipeline with the inputs of a source of ``kind`` and of the feeds, and the outputs (images, ids).
 
-    Images are float32 on ``device``, [B, 3, S, S] for the layout ``CHW``, [B, S, S, 3] for ``HWC``; ids are
-    int64 [B] on the CPU.
+    Images are float32 (float16 for ``data.dtype=fp16``) on ``device``, [B, 3, S, S] for the layout ``CHW``,
+    [B, S, S, 3] for ``HWC``; ids are int64 [B] on the CPU.
     """
     build = _training_pipeline if training else _evaluation_pipeline
     with warnings.catch_warnings(record=True) as caught:
@@ -66,14 +65,9 @@ def build_pipeline(
 
 
 def num_columns(config: DataConfig) -> int:
-    """Random numbers a training image takes: crop, flip, and three per augmentation; a multiple of 4."""
-    needed = 2 * CROP_ATTEMPTS + 3 + 3 * num_augmentations(config)
+    """Random numbers a training image takes for crop, flip, augmentation and colour; a multiple of 4."""
+    needed = _CROP_COLUMNS + augment.num_columns(config) + jitter.num_columns(config)
     return -(-needed // 4) * 4
-
-
-def num_augmentations(config: DataConfig) -> int:
-    """Augmenting operations one training image goes through."""
-    return {"none": 0, "randaugment": config.randaugment_num_ops, "trivialaugment": 1}[config.augment]
 
 
 def training_feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,28 +83,15 @@ def training_feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarr
     log_low, log_high = np.log(config.ratio)
     ratio = np.exp(log_low + (log_high - log_low) * random[:, tries : 2 * tries])
     column = 2 * tries
-    feeds = {
+    augmenting = _CROP_COLUMNS + augment.num_columns(config)
+    return {
         "crop_width": np.sqrt(area * ratio).astype(np.float32),
         "crop_height": np.sqrt(area / ratio).astype(np.float32),
         "crop_place": random[:, column : column + 2].astype(np.float32),
         "mirror": (random[:, column + 2] < config.flip).astype(np.int32),
+        **augment.feeds(config, random[:, _CROP_COLUMNS:augmenting]),
+        **jitter.feeds(config, random[:, augmenting:]),
     }
-    count = num_augmentations(config)
-    if count:
-        choice, sign, strength = (random[:, column + 3 + k * count :][:, :count] for k in range(3))
-        bins = np.floor(strength * MAGNITUDE_BINS)
-        if config.augment == "randaugment":
-            bins = np.full_like(bins, config.randaugment_magnitude)
-        feeds["operation"] = np.floor(choice * len(_suite(config))).astype(np.int32)
-        feeds["sign"] = (sign < 0.5).astype(np.int32)
-        feeds["magnitude"] = bins.astype(np.int32)
-    return feeds
-
-
-def _suite(config: DataConfig) -> list[Any]:
-    if config.augment == "randaugment":
-        return rand_augment.get_rand_augment_suite(use_shape=True)
-    return trivial_augment.get_trivial_augment_wide_suite(use_shape=True)
 
 
 def _interpolation(config: DataConfig) -> Any:
@@ -120,7 +101,7 @@ def _interpolation(config: DataConfig) -> Any:
 def _normalise(images: Any, config: DataConfig, layout: str, **kwargs: Any) -> Any:
     return fn.crop_mirror_normalize(
         images,
-        dtype=types.FLOAT,
+        dtype=types.FLOAT16 if config.dtype == "fp16" else types.FLOAT,
         output_layout=layout,
         mean=[255 * value for value in config.mean],
         std=[255 * value for value in config.std],
@@ -142,7 +123,7 @@ def _crop_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
     tried_width = fn.external_source(name="crop_width", ndim=1, dtype=types.FLOAT)
     tried_height = fn.external_source(name="crop_height", ndim=1, dtype=types.FLOAT)
     place = fn.external_source(name="crop_place", ndim=1, dtype=types.FLOAT)
-    size = fn.peek_image_shape(encoded, dtype=types.FLOAT)[:2]
+    size = fn.peek_image_shape(encoded, dtype=types.FLOAT, adjust_orientation=False)[:2]
     aspect = size[1] / size[0]
     widths, heights = tried_width / math.sqrt(aspect), tried_height * math.sqrt(aspect)
 
@@ -163,6 +144,21 @@ def _crop_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
     return fn.cast(start, dtype=types.INT32), fn.cast(shape, dtype=types.INT32)
 
 
+def _evaluation_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
+    """Size of the resized image (y, x; float32 [2]) and place of the crop in it (y, x; float32 [2], 0 to 1).
+
+    Rounded as torchvision's Resize and CenterCrop round, on which timm builds: the shorter side becomes
+    floor(S / crop_pct), the longer one is cut to an integer, and half a pixel goes to the even side.
+    """
+    size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)[:2]
+    shorter = math.min(size[0], size[1])
+    resized = size * int(config.image_size / config.crop_pct) // shorter
+    free = resized - config.image_size
+    half = free // 2
+    start = half + (free - 2 * half) * (half - 2 * (half // 2))
+    return fn.cast(resized, dtype=types.FLOAT), start / math.max(free, 1)
+
+
 @pipeline_def(enable_conditionals=True)
 def _training_pipeline(config: DataConfig, layout: str, decode: str, kind: str) -> tuple[Any, Any]:
     side = config.image_size
@@ -172,23 +168,11 @@ def _training_pipeline(config: DataConfig, layout: str, decode: str, kind: str) 
     else:
         encoded, ids = _encoded(kind)
         start, shape = _crop_window(encoded, config)
-        images = fn.decoders.image_slice(encoded, device=decode, start=start, shape=shape, axis_names="HW")
+        images = fn.decoders.image_slice(
+            encoded, device=decode, start=start, shape=shape, axis_names="HW", adjust_orientation=False
+        )
         images = fn.resize(images, size=[side, side], interp_type=_interpolation(config), antialias=True)
-    if config.augment != "none":
-        suite = _suite(config)
-        operation = fn.external_source(name="operation", ndim=1, dtype=types.INT32)
-        sign = fn.external_source(name="sign", ndim=1, dtype=types.INT32)
-        magnitude = fn.external_source(name="magnitude", ndim=1, dtype=types.INT32)
-        for level in range(num_augmentations(config)):
-            images = select(
-                suite,
-                operation[level],
-                data=images,
-                magnitude_bin=signed_bin(magnitude[level], random_sign=sign[level]),
-                num_magnitude_bins=MAGNITUDE_BINS,
-                shape=(side, side),
-                fill_value=_FILL,
-            )
+    images = jitter.jittered(augment.augmented(images, config), config)
     mirror = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
     return _normalise(images, config, layout, mirror=mirror), ids
 
@@ -199,12 +183,10 @@ def _evaluation_pipeline(config: DataConfig, layout: str, decode: str, kind: str
         images, ids = stored_images(decode)
         return _normalise(images, config, layout), ids
     encoded, ids = _encoded(kind)
-    images = fn.decoders.image(encoded, device=decode)
+    images = fn.decoders.image(encoded, device=decode, adjust_orientation=False)
+    size, place = _evaluation_window(encoded, config)
+    images = fn.resize(images, size=size, interp_type=_interpolation(config), antialias=True)
     side = config.image_size
-    images = fn.resize(
-        images,
-        resize_shorter=int(side / config.crop_pct),
-        interp_type=_interpolation(config),
-        antialias=True,
-    )
-    return _normalise(images, config, layout, crop=(side, side)), ids
+    return _normalise(
+        images, config, layout, crop=(side, side), crop_pos_y=place[0], crop_pos_x=place[1]
+    ), ids

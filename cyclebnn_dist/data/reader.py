@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import deque
 from collections.abc import Callable
@@ -13,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.decoding import Decoding, problem_of_image
 from cyclebnn_dist.data.pipeline import build_pipeline
 from cyclebnn_dist.data.source import Source
 
@@ -29,7 +28,7 @@ class Batch:
     """Images of one step of one rank.
 
     Attributes:
-        images: float32 [B, 3, S, S], normalised, on the loader's device.
+        images: [B, 3, S, S] of type ``data.dtype``, normalised, on the loader's device.
         labels: int64 [B], class indices, on the loader's device.
         ids: int64 [B], indices into the source, on the CPU.
     """
@@ -37,6 +36,9 @@ class Batch:
     images: torch.Tensor
     labels: torch.Tensor
     ids: torch.Tensor
+
+
+IMAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Reader:
@@ -60,6 +62,7 @@ class Reader:
         self._labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         self._device = device
         self._channels_last = channels_last
+        self._dtype = IMAGE_DTYPE[config.dtype]
         self._pipeline = build_pipeline(
             config,
             training=training,
@@ -118,6 +121,7 @@ class Reader:
         self._pipeline.release_outputs()
         expected = self._in_flight.popleft()
         assert np.array_equal(ids.numpy(), expected)
+        images = images.to(self._dtype)  # DALI has no bfloat16
         return Batch(images=images, labels=self._labels[ids.to(self._device)], ids=ids)
 
     def _prime(self, ids: np.ndarray, feeds: dict[str, np.ndarray]) -> None:
@@ -160,19 +164,25 @@ class Reader:
             raise self._explain(error) from error
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """DALI's message does not name the image, so look for it among the batches in flight."""
+        """DALI's message does not name the image: decode those in flight one by one."""
         ids = [int(index) for index in itertools.chain.from_iterable(self._in_flight)]
         if self._source.kind != "pixels":
+            decoding = Decoding(device=self._device)
             for index in ids:
-                try:
-                    with Image.open(io.BytesIO(self._source.encoded(index))) as image:
-                        image.load()
-                except Exception as reason:
+                problem = self._problem(index, decoding)
+                if problem:
                     return RecipeError(
                         "data.path",
-                        f"cannot read image {self._source.name(index)}: {reason}",
-                        "repair or remove the file"
+                        f"cannot read image {self._source.name(index)}: {problem}",
+                        "repair it, or leave it out by data.skip_list; cyclebnn data check finds all such files"
                         if self._source.kind == "paths"
                         else "make the shard again",
                     )
         return RuntimeError(f"DALI failed on one of {', '.join(map(self._source.name, ids))}: {error}")
+
+    def _problem(self, index: int, decoding: Decoding) -> str | None:
+        try:
+            encoded = self._source.encoded(index)
+        except OSError as error:
+            return error.strerror or str(error)
+        return problem_of_image(np.frombuffer(encoded, np.uint8), decoding)

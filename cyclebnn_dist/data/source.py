@@ -15,6 +15,7 @@ from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data.cifar import CIFAR_SETS, find_cifar, scan_cifar
 from cyclebnn_dist.data.folder import scan_folder
 from cyclebnn_dist.data.shards import scan_shards, shard_names
+from cyclebnn_dist.data.skip import read_skip_list, without
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,12 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
             f"{config.shuffle_shards}, but {config.path} is read as {name}, which has no shards",
             "leave it at 0: all images are shuffled together",
         )
+    if config.skip_list and name != "folder":
+        raise RecipeError(
+            "data.skip_list",
+            f"{config.skip_list} names files of class folders, but {config.path} is read as {name}",
+            "make the shards again without these files" if name == "webdataset" else "leave it out",
+        )
     if name in CIFAR_SETS:
         if config.image_size != CIFAR_SETS[name].side:
             raise RecipeError(
@@ -107,7 +114,8 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
         return scan_cifar(config.path, split, name=name, num_classes=num_classes)
     if name == "webdataset":
         return scan_shards(config.path, split, num_classes=num_classes)
-    return scan_folder(config.path, split, num_classes=num_classes)
+    images = scan_folder(config.path, split, num_classes=num_classes)
+    return without(images, read_skip_list(config.skip_list), split=split) if config.skip_list else images
 
 
 def find_format(path: str | Path) -> str:

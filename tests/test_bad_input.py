@@ -1,0 +1,271 @@
+"""Bad files. Without these a job would end in its third day without saying which of a million files it stumbled over."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import bad_files, encoded, expected_pixels, good_files, write_files
+
+from cyclebnn_dist.__main__ import main
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data import EvalLoader, TrainLoader, open_source, scan_folder
+from cyclebnn_dist.data.check import UNREADABLE, check_folder
+from cyclebnn_dist.data.decoding import Decoding, problem_of_file, problem_of_image
+from cyclebnn_dist.data.skip import read_skip_list, without, write_skip_list
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+EXACT = DataConfig(image_size=48, crop_pct=1.0, threads=1, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def evaluation(images, **kwargs):
+    return EvalLoader(images, EXACT, rank=0, world_size=1, device=CPU, **{"batch_size": 4, **kwargs})
+
+
+def training(images, *, batch_size=2):
+    return TrainLoader(images, EXACT, batch_size=batch_size, rank=0, world_size=1, seed=0, device=CPU)
+
+
+def test_unusual_files_are_read_with_the_right_pixels(tmp_path):
+    """Colours of CMYK or 16-bit files would be inverted or cut, and nobody would know."""
+    files = good_files()
+    write_files(tmp_path / "val" / "x", files)
+    images = scan_folder(tmp_path, "val", num_classes=1)
+    assert [Path(file).name for file in images.files] == sorted(files)
+    shown = torch.cat([batch.images for batch in evaluation(images)])
+    for index, file in enumerate(images.files):
+        name = Path(file).name
+        expected = expected_pixels(name, files[name])[:, 8:56]
+        found = shown[index].permute(1, 2, 0).numpy() * 255
+        assert np.abs(found - expected).max() < 2.5, name
+
+
+@pytest.mark.parametrize("name", sorted(bad_files()))
+def test_training_and_evaluation_end_with_the_name_of_a_bad_file(tmp_path, name):
+    content, word = bad_files()[name]
+    files = {f"{index}.jpg": encoded() for index in range(5)}
+    for split in ("train", "val"):
+        write_files(tmp_path / split / "x", {**files, name: content})
+    for split, read in (
+        ("train", lambda images: [loader.next() for loader in [training(images)] for _ in range(3)]),
+        ("val", lambda images: list(evaluation(images, batch_size=2))),
+    ):
+        images = scan_folder(tmp_path, split, num_classes=1)
+        with pytest.raises(RecipeError) as refused:
+            read(images)
+        assert f"{tmp_path}/{split}/x/{name}" in refused.value.problem
+        assert word in refused.value.problem
+        assert "data.skip_list" in refused.value.cure
+
+
+def test_a_file_that_vanished_is_named(tmp_path):
+    write_files(tmp_path / "train" / "x", {f"{index}.jpg": encoded() for index in range(4)})
+    images = scan_folder(tmp_path, "train", num_classes=1)
+    (tmp_path / "train" / "x" / "2.jpg").unlink()
+    loader = training(images)
+    with pytest.raises(RecipeError, match=r"x/2\.jpg: No such file"):
+        [loader.next() for _ in range(2)]
+
+
+def test_a_loader_that_met_a_bad_file_can_still_be_set_elsewhere(tmp_path):
+    files = {f"{index}.jpg": encoded() for index in range(6)}
+    write_files(tmp_path / "train" / "x", files | {"5.jpg": b"bad"})
+    loader = training(scan_folder(tmp_path, "train", num_classes=1), batch_size=6)
+    with pytest.raises(RecipeError):
+        loader.next()
+    (tmp_path / "train" / "x" / "5.jpg").write_bytes(encoded())
+    loader.seek(0)
+    assert len(loader.next().ids) == 6
+
+
+def test_decoding_names_the_bad_among_good_ones_again_and_again():
+    """A decoder that is broken after the first bad file would condemn all after it."""
+    one, many = Decoding(), Decoding(batch_size=4)
+    good = [np.frombuffer(content, np.uint8) for content in good_files().values()]
+    bad = [np.frombuffer(content, np.uint8) for content, _ in bad_files().values()]
+    for content in bad:
+        assert problem_of_image(content, one)
+        assert not many.all_decode([good[0], content, good[1]])
+        assert problem_of_image(good[0], one) is None
+        assert many.all_decode(good[:4])
+    assert [problem_of_image(content, one) for content in good] == [None] * len(good)
+
+
+AS_NOBODY = """
+import os, sys
+sys.path.insert(0, {root!r})
+from cyclebnn_dist.data.check import check_folder
+from cyclebnn_dist.data.decoding import Decoding, problem_of_file
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+print(problem_of_file({file!r}, Decoding()))
+for problem in check_folder({folder!r}, threads=1).problems:
+    print(problem.kind, problem.path, problem.cause)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become someone who may not read a file")
+def test_files_and_folders_without_permission_are_named():
+    """Root may read everything, so another user looks."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        write_files(root / "train" / "x", {"open.jpg": encoded(), "locked.jpg": encoded()})
+        write_files(root / "train" / "closed", {"inside.jpg": encoded()})
+        write_files(root / "val" / "x", {"a.jpg": encoded()})
+        locked = root / "train" / "x" / "locked.jpg"
+        locked.chmod(0)
+        (root / "train" / "closed").chmod(0o700)
+        script = AS_NOBODY.format(root=str(ROOT), file=str(locked), folder=folder)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=True
+        )
+    assert done.stdout.splitlines()[0] == "Permission denied"
+    assert f"{UNREADABLE} train/x/locked.jpg Permission denied" in done.stdout
+    assert "folder that cannot be listed train/closed Permission denied" in done.stdout
+    assert "open.jpg" not in done.stdout
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A data set with one of every problem."""
+    root = tmp_path / "set"
+    good = encoded()
+    for split in ("train", "val"):
+        write_files(root / split / "cat", {f"{index}.jpg": good for index in range(40)})
+        write_files(root / split / "dog", {"a.png": encoded(kind="PNG"), ".hidden": b"x"})
+    write_files(root / "train" / "cat", {name: content for name, (content, _) in bad_files().items()})
+    write_files(root / "val" / "dog", {"bad.jpg": b"x"})
+    write_files(root / "train" / "empty", {"notes.txt": b"x"})
+    write_files(root / "train" / "cat" / "more", {"b.jpg": good})
+    write_files(root / "train", {"stray.jpg": good})
+    write_files(root / "val" / "Dog", {"c.jpg": good})
+    (root / "val" / "cat" / "link.jpg").symlink_to(root / "nowhere")
+    (root / "val" / "cat" / "good_link.jpg").symlink_to(root / "val" / "cat" / "0.jpg")
+    return root
+
+
+PROBLEMS = {
+    *((UNREADABLE, f"train/cat/{name}") for name in bad_files()),
+    (UNREADABLE, "val/dog/bad.jpg"),
+    ("class without images", "train/empty"),
+    ("unknown extension", "train/empty/notes.txt"),
+    ("folder within a class", "train/cat/more"),
+    ("file outside class folders", "train/stray.jpg"),
+    ("class in one split only", "train/empty"),
+    ("class in one split only", "val/Dog"),
+    ("class names that differ by case only", "val/Dog"),
+    ("broken link", "val/cat/link.jpg"),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_check_finds_every_problem_and_nothing_else(tree, threads):
+    told = []
+    report = check_folder(tree, threads=threads, progress=lambda *counts: told.append(counts))
+    found = [(problem.kind, problem.path) for problem in report.problems]
+    assert sorted(found) == sorted(PROBLEMS)
+    assert report.images == {"train": 41 + len(bad_files()), "val": 44}
+    assert report.classes == {"train": 3, "val": 3}
+    total = sum(report.images.values())
+    assert told[-1] == (total, total)
+    for problem in report.problems:
+        _, word = bad_files().get(Path(problem.path).name, (b"", ""))
+        assert word in problem.cause
+
+
+def test_the_command_tells_writes_a_skip_list_and_exits_with_1(tree, tmp_path, capsys):
+    """What the check cannot read, training then leaves out; an unlisted file would stop it after all."""
+    skip_list = tmp_path / "bad.txt"
+    assert main(["data", "check", str(tree), "--threads", "1", "--json", "--out", str(skip_list)]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert {(problem["kind"], problem["path"]) for problem in report["problems"]} == PROBLEMS
+    listed = read_skip_list(skip_list)
+    assert set(listed) == {path for kind, path in PROBLEMS if kind == UNREADABLE}
+    assert main(["data", "check", str(tree)]) == 1
+    told = capsys.readouterr().out
+    assert all(path in told for _, path in PROBLEMS)
+
+    (tree / "train" / "empty" / "notes.txt").unlink()
+    (tree / "train" / "empty").rmdir()
+    (tree / "val" / "Dog" / "c.jpg").rename(tree / "val" / "dog" / "c.jpg")
+    (tree / "val" / "Dog").rmdir()
+    config = DataConfig(path=str(tree), skip_list=str(skip_list), image_size=48, threads=1)
+    for split in ("train", "val"):
+        images = open_source(config, split, num_classes=2)
+        shown = sum(len(batch.ids) for batch in evaluation(images, batch_size=16))
+        assert shown == len(images) == {"train": 41, "val": 43}[split]
+
+
+def test_the_command_exits_with_0_and_2(tmp_path, capsys):
+    for split in ("train", "val"):
+        write_files(tmp_path / split / "x", {"a.jpg": encoded()})
+    assert main(["data", "check", str(tmp_path), "--out", str(tmp_path / "bad.txt")]) == 0
+    assert "no problems" in capsys.readouterr().out
+    assert read_skip_list(tmp_path / "bad.txt") == []
+    assert main(["data", "check", str(tmp_path / "nowhere")]) == 2
+    assert main(["data", "check", str(tmp_path / "train")]) == 2
+    assert main(["data", "check", str(tmp_path), "--threads", "-1"]) == 2
+    assert main(["data", "check", str(tmp_path), "--out", "/nowhere/at/all"]) == 2
+
+
+def images_of(tmp_path, names=("a/1.jpg", "a/2.jpg", "b/1.jpg")):
+    for name in names:
+        write_files(tmp_path / "train" / Path(name).parent, {Path(name).name: b"x"})
+    return scan_folder(tmp_path, "train", num_classes=2)
+
+
+def test_a_skip_list_leaves_out_what_it_names_and_changes_the_digest(tmp_path, caplog):
+    images = images_of(tmp_path)
+    with caplog.at_level(logging.INFO):
+        rest = without(images, ["train/a/1.jpg", "val/a/2.jpg"], split="train")
+    assert rest.files == ["a/2.jpg", "b/1.jpg"]
+    assert rest.labels.tolist() == [0, 1]
+    assert rest.labels.dtype == images.labels.dtype
+    assert rest.classes == images.classes
+    assert rest.digest != images.digest
+    assert "1 images left out" in caplog.text
+    assert without(images, [], split="train").digest == images.digest
+
+
+def test_names_that_no_file_has_are_warned_of_and_all_of_them_refused(tmp_path, caplog):
+    images = images_of(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        without(images, ["train/a/1.jpg", "train/a/gone.jpg"], split="train")
+    assert "a/gone.jpg" in caplog.text
+    with pytest.raises(RecipeError, match="none of its 2 lines"):
+        without(images, ["train/a/gone.jpg", "val/b/gone.jpg"], split="train")
+
+
+def test_a_class_that_a_skip_list_empties_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="no image of class b"):
+        without(images_of(tmp_path), ["train/b/1.jpg"], split="train")
+
+
+@pytest.mark.parametrize(
+    "line", ["/data/train/a/1.jpg", "a/1.jpg", "train/1.jpg", "train/a/b/1.jpg", "./train/a/1.jpg"]
+)
+def test_lines_of_another_form_are_refused_with_their_number(tmp_path, line):
+    path = tmp_path / "skip.txt"
+    path.write_text(f"# comment\n\ntrain/a/1.jpg\n{line}\n")
+    with pytest.raises(RecipeError, match="line 4"):
+        read_skip_list(path)
+    with pytest.raises(RecipeError, match="cannot read"):
+        read_skip_list(tmp_path / "none.txt")
+
+
+def test_a_written_skip_list_reads_back(tmp_path):
+    problems = {"train/a/one two#3.jpg": "two\nlines", "val/b/\udcff.jpg": "odd name"}
+    write_skip_list(tmp_path / "skip.txt", problems, heading=["of a set"])
+    assert read_skip_list(tmp_path / "skip.txt") == list(problems)
+
+
+def test_a_decoding_problem_of_a_folder_is_told(tmp_path):
+    assert problem_of_file(tmp_path, Decoding()) == "Is a directory"
