@@ -23,7 +23,7 @@ from cyclebnn_dist.optimizer import build_optimizer, learning_rate
 from cyclebnn_dist.precision.schedule import build_schedule
 from cyclebnn_dist.world import World, largest_over_ranks
 
-OPTIM = OptimConfig(name="adamw", lr=1e-2)
+OPTIM = OptimConfig(name="adamw", lr=5e-3)
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
 
