@@ -94,13 +94,14 @@ def bench_convergence(
     if not runs:
         raise KeyboardInterrupt
     any_run = next(iter(runs.values()))
+    images = {name: run["images"] for (name, _, _), run in runs.items()}
     return {
         "ranks": ranks,
         "steps": steps,
         "batch": BATCH,
         "parameters": any_run["parameters"],
         "wide_share": any_run["wide_share"],
-        "sets": {name: run["images"] for (name, _, _), run in runs.items()},
+        "sets": {name: images[name] for name in sets if name in images},
         "machine": {**describe_machine("cpu"), "cores": os.cpu_count()},
         "runs": len(runs),
         "asked_runs": len(asked),
