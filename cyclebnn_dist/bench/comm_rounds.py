@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ class Settings:
         launch: its place among the launches; orders are drawn from it.
         interface: whose bytes are counted as well, where it carries those of one rank only.
     """
+
+    benchmark: ClassVar[str] = "comm"
 
     numel: int
     variants: tuple[str, ...]

@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from cyclebnn_dist.bench.comm_rounds import Settings
 from cyclebnn_dist.bench.namespaces import INTERFACE, ShapedNetwork
 
 PORT = 29500
@@ -24,8 +24,24 @@ PORT = 29500
 LAST_LINES = 15
 
 
-def launch_ranks(settings: Settings, *, ranks: int, network: ShapedNetwork | None) -> dict[str, Any]:
-    """Start ``ranks`` processes, wait for them, and return what ``measure_launch`` gave; none is left when this returns.
+class Settings(Protocol):
+    """Settings of a benchmark: a dataclass of plain values that names the benchmark it is for (see ``rank``)."""
+
+    benchmark: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+def launch_ranks(
+    settings: Settings,
+    *,
+    ranks: int,
+    network: ShapedNetwork | None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Start ``ranks`` processes, wait for them, and return what rank 0 measured; none is left when this returns.
+
+    Args:
+        progress: called again and again while they run.
 
     Raises:
         RuntimeError: a rank failed, with the end of what it printed.
@@ -39,7 +55,7 @@ def launch_ranks(settings: Settings, *, ranks: int, network: ShapedNetwork | Non
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(ranks)]
         try:
             for rank, log in enumerate(logs):
-                command = [sys.executable, "-m", "cyclebnn_dist.bench.rank", str(result)]
+                command = [sys.executable, "-m", "cyclebnn_dist.bench.rank", settings.benchmark, str(result)]
                 with log.open("w") as output:
                     process = subprocess.Popen(
                         [*(network.inside(rank) if network else []), *command],
@@ -54,7 +70,7 @@ def launch_ranks(settings: Settings, *, ranks: int, network: ShapedNetwork | Non
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(asdict(settings)) + "\n")
                 process.stdin.flush()
-            _wait(processes, logs)
+            _wait(processes, logs, progress)
         finally:
             for process in processes:
                 process.kill()
@@ -79,10 +95,11 @@ def _environment(rank: int, ranks: int, *, shaped: bool) -> dict[str, str]:
     return environment
 
 
-def _wait(processes: list[subprocess.Popen[str]], logs: list[Path]) -> None:
+def _wait(processes: list[subprocess.Popen[str]], logs: list[Path], progress: Callable[[], None]) -> None:
     running = True
     while running:
         time.sleep(0.05)
+        progress()
         running = any(process.poll() is None for process in processes)
         for rank, process in enumerate(processes):
             if process.poll():

@@ -1,4 +1,4 @@
-"""One local rank of ``bench comm``: ``python -m cyclebnn_dist.bench.rank RESULT``, started by ``local_ranks``.
+"""One local rank of a benchmark: ``python -m cyclebnn_dist.bench.rank BENCHMARK RESULT``, started by ``local_ranks``.
 
 Settings come as one line of JSON on standard input. Its end means that the process that started this one is gone.
 """
@@ -9,23 +9,40 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from cyclebnn_dist.bench.comm_rounds import Settings, measure_launch
-from cyclebnn_dist.world import discover_world, join_world, leave_world
+from cyclebnn_dist.world import World, discover_world, join_world, leave_world
 
 TIMEOUT_SECONDS = 600.0
 
 
 def main() -> None:
     """Measure one launch; rank 0 writes what came of it."""
-    settings = Settings(**json.loads(sys.stdin.readline()))
+    benchmark, result = sys.argv[1:]
+    measure = read_settings(benchmark, sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     world = join_world(discover_world(), timeout_seconds=TIMEOUT_SECONDS)
-    measured = measure_launch(world, settings)
+    measured = measure(world)
     if world.is_main:
-        Path(sys.argv[1]).write_text(json.dumps(measured))
+        Path(result).write_text(json.dumps(measured))
     leave_world()
+
+
+def read_settings(benchmark: str, line: str) -> Callable[[World], dict[str, Any]]:
+    """What a rank is to do, by the name of its benchmark and the settings of it as JSON."""
+    values = json.loads(line)
+    if benchmark == "convergence":
+        from cyclebnn_dist.bench import convergence_rounds
+
+        runs = convergence_rounds.Settings(**values)
+        return lambda world: convergence_rounds.measure_runs(world, runs)
+    from cyclebnn_dist.bench import comm_rounds
+
+    assert benchmark == comm_rounds.Settings.benchmark, benchmark
+    launch = comm_rounds.Settings(**values)
+    return lambda world: comm_rounds.measure_launch(world, launch)
 
 
 def _end_with_parent() -> None:
