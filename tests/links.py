@@ -13,26 +13,22 @@ from cyclebnn_dist.comm import transport
 @contextmanager
 def slow_link(bytes_per_second: float) -> Iterator[None]:
     """Within it, what a rank sends to others leaves at this rate, one transfer after the other, and nothing arrives before."""
-    send_each, free = transport._send_each, 0.0
+    send, wait, free = transport.Transfer._send, transport.Transfer.wait, 0.0
 
-    def slow(*args, sent, **kwargs):
+    def slow_send(self, messages):
         nonlocal free
-        transfer = send_each(*args, sent=sent, **kwargs)
-        free = left = max(free, time.perf_counter()) + sent / bytes_per_second
-        arrived = transfer.wait
+        send(self, messages)
+        free = self.left = max(free, time.perf_counter()) + self.sent_bytes / bytes_per_second
 
-        def wait():
-            arrived()
-            time.sleep(max(0.0, left - time.perf_counter()))
+    def slow_wait(self):
+        wait(self)
+        time.sleep(max(0.0, self.left - time.perf_counter()))
 
-        transfer.wait = wait
-        return transfer
-
-    transport._send_each = slow
+    transport.Transfer._send, transport.Transfer.wait = slow_send, slow_wait
     try:
         yield
     finally:
-        transport._send_each = send_each
+        transport.Transfer._send, transport.Transfer.wait = send, wait
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from cyclebnn_dist.comm import reducer as reducer_module
-from cyclebnn_dist.comm.transport import Transfer
 from cyclebnn_dist.world import World, gather_objects
 
 FIRST_BYTES, MOST_BYTES = 1 << 16, 1 << 28
@@ -61,8 +60,7 @@ def silent_network() -> Iterator[Silence]:
 
     What remains of an all-reduce is the work of its codec. Values are meaningless.
     """
-    silence = Silence()
-    transport = reducer_module.to_owners, reducer_module.to_everyone
+    silence, transfer = Silence(), reducer_module.Transfer
 
     @contextmanager
     def copying() -> Iterator[None]:
@@ -71,24 +69,30 @@ def silent_network() -> Iterator[Silence]:
         silence.copy_seconds += time.perf_counter() - clock
         silence.copy_core_seconds += time.thread_time() - core
 
-    def to_owners(
-        outgoing: torch.Tensor, incoming: torch.Tensor, *, sizes: Sequence[int], rank: int, **_: object
-    ) -> Transfer:
-        with copying():
-            own = sum(sizes[:rank])
-            incoming.view(len(sizes), -1).copy_(outgoing[own : own + sizes[rank]])
-        return Transfer(0)
+    class SilentTransfer:
+        sent_bytes = 0
 
-    def to_everyone(message: torch.Tensor, incoming: torch.Tensor, **_: object) -> Transfer:
-        with copying():
-            incoming.view(-1, len(message)).copy_(message)
-        return Transfer(0)
+        def __init__(self, incoming: torch.Tensor, *, rank: int, **_: object) -> None:
+            self._incoming, self._rank = incoming, rank
 
-    reducer_module.to_owners, reducer_module.to_everyone = to_owners, to_everyone  # type: ignore[assignment]
+        def send_each(self, outgoing: torch.Tensor, sizes: Sequence[int]) -> None:
+            self.send_all(outgoing.split(list(sizes))[self._rank])
+
+        def send_all(self, message: torch.Tensor) -> None:
+            with copying():
+                self._incoming.view(-1, len(message)).copy_(message)
+
+        def wait(self) -> None:
+            pass
+
+        def finish(self) -> None:
+            pass
+
+    reducer_module.Transfer = SilentTransfer  # type: ignore[assignment,misc]
     try:
         yield silence
     finally:
-        reducer_module.to_owners, reducer_module.to_everyone = transport
+        reducer_module.Transfer = transfer  # type: ignore[misc]
 
 
 def codec_seconds(world: World, reduce: Callable[[], None]) -> tuple[float, float]:

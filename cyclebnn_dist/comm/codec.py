@@ -27,7 +27,7 @@ import hashlib
 import importlib
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Literal
 
@@ -89,7 +89,7 @@ class Codec:
         self._rotates = name == "hadamard"
         self._codings: dict[tuple[int, torch.device], Coding] = {}
 
-    @property
+    @cached_property
     def digest(self) -> int:
         """63-bit number, equal for codecs that write the same bytes."""
         facts = (FORMAT_VERSION, self.name, self.block_size, self.unbiased)

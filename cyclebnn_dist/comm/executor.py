@@ -18,8 +18,8 @@ import torch
 
 Exchange = Callable[[], None]
 
-UNDER_WAY = 4
-"""Exchanges at once: in either phase one on its way and one behind it."""
+UNDER_WAY = 6
+"""Exchanges at once: some in either phase, so that ranks need not keep pace with each other."""
 
 
 class Executor(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 
 HEADER_BYTES = 32
 MAGIC = 0x4E42
@@ -14,8 +14,7 @@ class MismatchError(RuntimeError):
     """A peer sent a message that belongs to another step, width, phase, layout or bucket."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What sender and receiver must agree in; ``layout_and_codec`` and ``bucket`` are 63-bit digests."""
 
     magic: int
@@ -27,7 +26,7 @@ class Header:
     bucket: int
 
     def to_bytes(self) -> bytes:
-        return FORMAT.pack(*astuple(self))
+        return FORMAT.pack(*self)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Header:
@@ -40,7 +39,7 @@ def describe_difference(expected: Header, raw: bytes) -> str:
     if received.magic != expected.magic:
         return "bytes that are no gradient message (another width or bucket size, or another program)"
     return ", ".join(
-        f"{field.name} {getattr(received, field.name)} instead of {getattr(expected, field.name)}"
-        for field in fields(Header)
-        if getattr(received, field.name) != getattr(expected, field.name)
+        f"{name} {found} instead of {wanted}"
+        for name, found, wanted in zip(Header._fields, received, expected, strict=True)
+        if found != wanted
     )

@@ -25,7 +25,7 @@ from cyclebnn_dist.comm.plan import Share, concatenate_shares, parameter_starts,
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reducer import Reducer, as_tensor
 from cyclebnn_dist.comm.scratch import Scratch
-from cyclebnn_dist.comm.transport import to_everyone, to_owners
+from cyclebnn_dist.comm.transport import Transfer
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,16 @@ class HierarchicalReducer(Reducer):
         words, timing, codec = step_words(self._seed, step), self.counters.timing, self.codec
         headers = [self._header(bits=bits, bucket=plan.digest, step=step, phase=phase) for phase in range(3)]
 
+        near_size, far_size = plan.near_sizes[nodes.place], plan.far_sizes[nodes.index]
+        with timing("wire"):
+            near_incoming = scratch.get("incoming", size * near_size, torch.uint8)
+            far_incoming = scratch.get("far incoming", num_nodes * far_size, torch.uint8)
+            from_nodes = scratch.get("from nodes", num_nodes * plan.padded_size, torch.uint8)
+            gathered = scratch.get("gathered", size * len(from_nodes), torch.uint8)
+            within = Transfer(near_incoming, rank=nodes.place, group=nodes.near, tag=tag)
+            between = Transfer(far_incoming, rank=nodes.index, group=nodes.far, tag=tag)
+            means = Transfer(from_nodes, rank=nodes.index, group=nodes.far, tag=tag + 1)
+            passed_on = Transfer(gathered, rank=nodes.place, group=nodes.near, tag=tag + 1)
         with timing("encode"):
             gradient = flat
             if flat.dtype != torch.float32:
@@ -196,14 +206,10 @@ class HierarchicalReducer(Reducer):
             for start in plan.near_starts:
                 outgoing[start : start + HEADER_BYTES] = as_tensor(headers[0], flat.device)
         with timing("wire"):
-            own_size = plan.near_sizes[nodes.place]
-            incoming = scratch.get("incoming", size * own_size, torch.uint8)
-            within = to_owners(
-                outgoing, incoming, sizes=plan.near_sizes, rank=nodes.place, group=nodes.near, tag=tag
-            )
+            within.send_each(outgoing, plan.near_sizes)
         with self._waiting():
             within.wait()
-        messages = incoming.view(size, own_size)
+        messages = near_incoming.view(size, near_size)
         first = plan.near_starts[nodes.place * num_nodes]
         near_ranks = range(nodes.index * size, (nodes.index + 1) * size)
         for start in plan.near_starts[nodes.place * num_nodes : (nodes.place + 1) * num_nodes]:
@@ -224,14 +230,10 @@ class HierarchicalReducer(Reducer):
             for start in plan.far_starts:
                 far_outgoing[start : start + HEADER_BYTES] = as_tensor(headers[1], flat.device)
         with timing("wire"):
-            own_size = plan.far_sizes[nodes.index]
-            incoming = scratch.get("far incoming", num_nodes * own_size, torch.uint8)
-            between = to_owners(
-                far_outgoing, incoming, sizes=plan.far_sizes, rank=nodes.index, group=nodes.far, tag=tag
-            )
+            between.send_each(far_outgoing, plan.far_sizes)
         with self._waiting():
             between.wait()
-        messages = incoming.view(num_nodes, own_size)
+        messages = far_incoming.view(num_nodes, far_size)
         self._receive(headers[1], messages, ranks=range(nodes.place, layout.world_size, size))
         with timing("decode"):
             small = self._mean(messages, plan.far_own.small, bits=plan.small_bits, to=scratch, name="small")
@@ -248,13 +250,11 @@ class HierarchicalReducer(Reducer):
                 )
             answer[:HEADER_BYTES] = as_tensor(headers[2], flat.device)
         with timing("wire"):
-            from_nodes = scratch.get("from nodes", num_nodes * plan.padded_size, torch.uint8)
-            means = to_everyone(answer, from_nodes, rank=nodes.index, group=nodes.far, tag=tag + 1)
+            means.send_all(answer)
         with self._waiting():
             means.wait()
         with timing("wire"):
-            gathered = scratch.get("gathered", size * len(from_nodes), torch.uint8)
-            passed_on = to_everyone(from_nodes, gathered, rank=nodes.place, group=nodes.near, tag=tag + 1)
+            passed_on.send_all(from_nodes)
         with self._waiting():
             passed_on.wait()
         self._receive(headers[2], gathered.view(-1, plan.padded_size), ranks=plan.owners)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -85,7 +86,7 @@ class Layout:
         """Width of small parameters in a step of ``bits``: never below a step of 16 or 32 bits."""
         return max(self.small_bits, bits) if bits > 8 else self.small_bits
 
-    @property
+    @cached_property
     def digest(self) -> int:
         """63-bit number, equal on ranks whose messages have the same meaning."""
         facts = [(p.name, p.numel, p.small) for p in self.parameters]

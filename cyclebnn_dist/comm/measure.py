@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cyclebnn_dist.comm.breakeven import CodecCost, Link
 from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.pieces import Pieces, piece_bytes
-from cyclebnn_dist.comm.transport import to_everyone, to_owners
+from cyclebnn_dist.comm.transport import Transfer
 
 ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
 """How much is encoded at once: on a CPU more than its caches hold, on a GPU enough to fill it."""
@@ -80,12 +80,13 @@ def measure_link(
 
     def seconds_of(size: int) -> float:
         outgoing = torch.zeros(world_size * size, dtype=torch.uint8, device=device)
-        incoming = torch.empty_like(outgoing)
+        incoming = torch.empty_like(outgoing), torch.empty_like(outgoing)
         (agreed,) = slowest([0.0])  # ranks begin together
         begun = _now(device)
-        first = to_owners(outgoing, incoming, sizes=[size] * world_size, rank=rank, group=group, tag=0)
+        first, second = (Transfer(part, rank=rank, group=group, tag=tag) for tag, part in enumerate(incoming))
+        first.send_each(outgoing, [size] * world_size)
         first.wait()
-        second = to_everyone(outgoing[:size], incoming, rank=rank, group=group, tag=1)
+        second.send_all(outgoing[:size])
         second.wait()
         first.finish()
         second.finish()

@@ -19,7 +19,7 @@ from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import Layout, ParameterLayout
 from cyclebnn_dist.comm.pieces import Pieces, piece_bytes
 
-CHUNK_NUMEL = 2**20
+CHUNK_NUMEL = 2**21
 """Elements of a chunk, at least: on a CPU one is encoded while others travel."""
 
 

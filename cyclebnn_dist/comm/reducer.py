@@ -31,7 +31,7 @@ from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
 from cyclebnn_dist.comm.scratch import Scratch
-from cyclebnn_dist.comm.transport import to_everyone, to_owners
+from cyclebnn_dist.comm.transport import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +291,11 @@ class Reducer:
         words = step_words(self._seed, step)
         feedback, timing = self._feedback, self.counters.timing
 
+        with timing("wire"):
+            incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
+            gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
+            gradients = Transfer(incoming, rank=self._rank, group=group, tag=tag)
+            means = Transfer(gathered, rank=self._rank, group=group, tag=tag + 1)
         with timing("encode"):
             gradient = flat
             if flat.dtype != torch.float32:
@@ -301,13 +306,13 @@ class Reducer:
             for pieces, width in shares:
                 self.codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
             header = self._header(bits=plan.bits, bucket=plan.digest, step=step, phase=1)
+            header_bytes = as_tensor(header, flat.device)
             for message in outgoing.split(list(plan.sizes)):
-                message[:HEADER_BYTES] = as_tensor(header, flat.device)
+                message[:HEADER_BYTES] = header_bytes
             feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
-            incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
-            gradients = to_owners(outgoing, incoming, sizes=plan.sizes, rank=self._rank, group=group, tag=tag)
+            gradients.send_each(outgoing, plan.sizes)
         with self._waiting():
             gradients.wait()
         messages = incoming.view(world_size, own_size)
@@ -320,11 +325,10 @@ class Reducer:
         with timing("encode"):
             feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
             answer = scratch.get("answer", answers.padded_size, torch.uint8)
-            means = (
+            for rows, pieces, width in (
                 (small, answers.own_rows.small, answers.small_bits),
                 (wide, answers.own_rows.wide, answers.bits),
-            )
-            for rows, pieces, width in means:
+            ):
                 self.codec.encode_pieces(
                     rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
                 )
@@ -333,10 +337,9 @@ class Reducer:
             feedback.keep_mean_errors(wide, answer, answers, words=words, loss_scale=loss_scale)
 
         with timing("wire"):
-            gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
-            means_of_all = to_everyone(answer, gathered, rank=self._rank, group=group, tag=tag + 1)
+            means.send_all(answer)
         with self._waiting():
-            means_of_all.wait()
+            means.wait()
         self._receive(header, gathered.view(world_size, answers.padded_size))
 
         with timing("decode"):
@@ -350,9 +353,9 @@ class Reducer:
             feedback.see_result(flat)
         with self._waiting():
             gradients.finish()
-            means_of_all.finish()
+            means.finish()
         self.counters.add_exchange(
-            sent_bytes=gradients.sent_bytes + means_of_all.sent_bytes, numel=plan.numel, world_size=world_size
+            sent_bytes=gradients.sent_bytes + means.sent_bytes, numel=plan.numel, world_size=world_size
         )
 
     @contextmanager
