@@ -203,6 +203,16 @@ def check_result(result, *, ranks):
         )
     assert by_name[result["baselines"]["fp32"]]["speedup_vs_fp32"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert result["advice"]["mode"] in ("quantized", "bf16", "fp32")
+    auto = result["auto"]
+    assert auto["quantized"] == "q2"
+    assert len(auto["modes"]) == result["launches"]
+    measured = {"fp32": "fp32", "bf16": "bf16", "quantized": "q2"}
+    assert auto["measured_seconds"] == {
+        mode: by_name[name]["median_seconds"] for mode, name in measured.items()
+    }
+    assert min(auto["reckoned_seconds"].values()) > 0
+    if result["launches"] == 1:
+        assert auto["reckoned_seconds"][auto["modes"][0]] <= 1.05 * min(auto["reckoned_seconds"].values())
 
 
 def test_local_ranks_over_loopback(capsys, tmp_path):
@@ -217,6 +227,7 @@ def test_local_ranks_over_loopback(capsys, tmp_path):
     assert f"{q4['sent_bytes'] / 1e6:.2f}" in line
     assert f"{q4['speedup_vs_16bit']['median']:.2f} (" in line
     assert "recommended" in table
+    assert f"comm.mode=auto would take {result['auto']['modes'][0]}: it reckons with fp32 " in table
     assert "break-even   q4 is faster than 16 bits" in table
     plot_comm(result, tmp_path / "comm.png")
     assert (tmp_path / "comm.png").read_bytes().startswith(b"\x89PNG")

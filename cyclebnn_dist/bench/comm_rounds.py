@@ -24,6 +24,7 @@ from cyclebnn_dist.bench.gradients import (
 from cyclebnn_dist.bench.limits import codec_seconds, link_rate, wait_for_device
 from cyclebnn_dist.bench.variants import Variant, choose_variants
 from cyclebnn_dist.comm import Reducer, build_reducer
+from cyclebnn_dist.comm.verdict import measure_and_judge
 from cyclebnn_dist.config.recipe import CommConfig
 from cyclebnn_dist.world import World, gather_objects, on_main
 
@@ -59,6 +60,7 @@ class Gradients:
     def __init__(self, settings: Settings, world: World) -> None:
         self.named = named_parameters(settings.numel)
         sizes = [tensor.numel() for _, tensor in self.named]
+        self.bucket_mb = settings.bucket_mb
         self.buckets = group_in_buckets(sizes, bucket_mb=settings.bucket_mb)
         self.flat = torch.empty(settings.numel, device=world.device)
         self.flats = self.flat.split([sum(sizes[index] for index in bucket) for bucket in self.buckets])
@@ -109,6 +111,20 @@ class Contenders:
             reducer.check()
         wait_for_device(world.device)
 
+    def judge(self, variants: Sequence[Variant]) -> dict[str, Any] | None:
+        """Collective: every rank calls this. The verdict of ``comm.mode: auto`` between casts and the middle width there is."""
+        widths = [variant for variant in variants if variant.comm == CommConfig() and variant.bits <= 8]
+        if not widths:
+            return None
+        chosen = widths[len(widths) // 2]
+        verdict = measure_and_judge(
+            self._reducers[CommConfig()],
+            {chosen.bits: 1},
+            world=self._world,
+            bucket_mb=self._gradients.bucket_mb,
+        )
+        return {"quantized": chosen.name, "mode": verdict.mode, "reckoned_seconds": verdict.seconds}
+
     def counters(self, variant: Variant) -> dict[str, float]:
         """Those of the variant's reducer; of torch's all-reduce, which counts nothing, the bytes of a ring."""
         if variant.comm is None:
@@ -127,7 +143,8 @@ def measure_launch(world: World, settings: Settings) -> dict[str, Any]:
     Returns:
         ``link_bytes_per_second``, ``rounds``, and for each of ``variants``: ``seconds`` of each round (the slowest rank's),
         ``sent_bytes`` (the largest rank's), ``nic_bytes`` (or None), ``nmse``, ``codec_seconds`` (the slowest rank's),
-        ``codec_core_seconds`` (the mean; none on GPUs), and ``parts``: seconds of an all-reduce by the reducer's own counters.
+        ``codec_core_seconds`` (the mean; none on GPUs), and ``parts``: seconds of an all-reduce by the reducer's own counters;
+        and ``auto``: what ``comm.mode: auto`` takes here, or None where no width of the default codec is measured.
     """
     rate = link_rate(world)
     variants = choose_variants(settings.variants)
@@ -141,6 +158,7 @@ def measure_launch(world: World, settings: Settings) -> dict[str, Any]:
         for variant in variants
         if variant.comm is not None
     }
+    auto = contenders.judge(variants)
     samples: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in variants}
     order, generator = list(variants), random.Random(settings.launch)
     for done in range(MOST_ROUNDS):
@@ -161,6 +179,7 @@ def measure_launch(world: World, settings: Settings) -> dict[str, Any]:
     return {
         "link_bytes_per_second": rate,
         "rounds": len(samples[variants[0].name]),
+        "auto": auto,
         "variants": {
             variant.name: {
                 **_merge([ours[variant.name] for ours, _ in everyone]),

@@ -26,7 +26,7 @@ def summarize(
     Ratios at 32 and at 16 bits refer to the faster of the reducer's and torch's own all-reduce, where both were measured.
 
     Returns:
-        plain values: ``link_bits_per_second``, ``launches``, ``rounds``, ``baselines``, ``variants`` and ``advice``.
+        plain values: ``link_bits_per_second``, ``launches``, ``rounds``, ``baselines``, ``variants``, ``auto`` and ``advice``.
     """
     rate = statistics.median(launch["link_bytes_per_second"] for launch in launches)
     baselines = {
@@ -49,6 +49,7 @@ def summarize(
         "rounds": sum(launch["rounds"] for launch in launches),
         "baselines": baselines,
         "variants": rows,
+        "auto": _auto(launches),
         "advice": advise(rows, baselines),
     }
 
@@ -93,6 +94,23 @@ def _row(
         "parts": {
             name: statistics.mean(launch["parts"][name] for launch in ours) for name in ours[0]["parts"]
         },
+    }
+
+
+def _auto(launches: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What ``comm.mode: auto`` takes, and the seconds it reckons with beside those measured, by mode."""
+    first = launches[0]["auto"]
+    if first is None:
+        return None
+    names = {"fp32": "fp32", "bf16": "bf16", "quantized": first["quantized"]}
+    return {
+        "quantized": first["quantized"],
+        "modes": [launch["auto"]["mode"] for launch in launches],
+        "reckoned_seconds": {
+            mode: statistics.median(launch["auto"]["reckoned_seconds"][mode] for launch in launches)
+            for mode in names
+        },
+        "measured_seconds": {mode: _median_seconds(name, launches) for mode, name in names.items()},
     }
 
 

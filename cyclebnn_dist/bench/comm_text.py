@@ -54,12 +54,23 @@ def _remarks(result: Mapping[str, Any]) -> list[str]:
                 f"break-even   {name} is faster than 16 bits {_up_to(row['break_even_bits_per_second_vs_16bit'])}, "
                 f"than fp32 {_up_to(row['break_even_bits_per_second_vs_fp32'])}"
             )
+    if result["auto"]:
+        lines.append(f"auto         {_auto(result['auto'])}")
     advice = result["advice"]
     if advice["mode"] == "quantized":
         use = f"precision.communication.low={advice['low']} precision.communication.high={advice['high']}"
     else:
         use = f"comm.mode={advice['mode']}"
     return [*lines, f"recommended  {use} on this network: {advice['why']}"]
+
+
+def _auto(auto: Mapping[str, Any]) -> str:
+    taken = " or ".join(dict.fromkeys(auto["modes"]))
+    times = ", ".join(
+        f"{auto['quantized'] if mode == 'quantized' else mode} {auto['reckoned_seconds'][mode]:.3f} for {measured:.3f}"
+        for mode, measured in auto["measured_seconds"].items()
+    )
+    return f"comm.mode=auto would take {taken}: it reckons with {times} s measured"
 
 
 def _widths(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
