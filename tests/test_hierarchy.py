@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import TINY_RECIPE
 from links import counted_bytes
-from test_reducer import GROUPINGS, SHAPES, WIDTHS, gradients_of, make_reducer, octets, reduced
+from test_reducer import GROUPINGS, SHAPES, WIDTHS, chunks_of, gradients_of, make_reducer, octets, reduced
 from worlds import make_world
 
 from cyclebnn_dist import train
@@ -32,6 +32,9 @@ def average_in_every_grouping(rank, n, per_node, comm):
         for grouping in GROUPINGS:
             tensors = reduced(reducer, gradients_of(rank, step), step=step, bits=bits, grouping=grouping)
             results[bits, grouping] = octets(tensors)
+        with chunks_of(1000):
+            tensors = reduced(reducer, gradients_of(rank, step), step=step, bits=bits)
+        results[bits, "several chunks"] = octets(tensors)
     reducer.close()
     return results
 
@@ -49,9 +52,8 @@ def average_in_every_grouping(rank, n, per_node, comm):
 def test_the_result_is_the_same_on_all_ranks_of_all_nodes_and_in_all_buckets(ranks, n, per_node, comm):
     results = ranks(n, average_in_every_grouping, per_node, comm)
     for bits in WIDTHS:
-        assert len({result[bits, grouping] for result in results for grouping in GROUPINGS}) == 1, (
-            f"{bits} bits"
-        )
+        ways = (*GROUPINGS, "several chunks")
+        assert len({result[bits, way] for result in results for way in ways}) == 1, f"{bits} bits"
 
 
 def average(rank, n, per_node):

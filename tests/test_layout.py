@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import build_layout
-from cyclebnn_dist.comm.plan import build_plan
+from cyclebnn_dist.comm.plan import build_plan, cut_in_chunks
 
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (3,), (64,), (33, 3), (32, 32), (17, 61), (40, 80), (1000,), (0,)]
@@ -105,3 +105,16 @@ def test_small_parameters_never_travel_narrower_than_the_step():
         32,
         32,
     ]
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
+def test_chunks_are_neighbours_and_none_is_needlessly_small(numels, least):
+    chunks = cut_in_chunks(numels, least)
+    assert [place for chunk in chunks for place in chunk] == list(range(len(numels)))
+    assert all(chunks)
+    held = [sum(numels[place] for place in chunk) for chunk in chunks]
+    if len(chunks) > 1:
+        assert min(held) >= least // 2
+        assert min(held[:-1]) >= least
+    for chunk in chunks[:-1]:
+        assert sum(numels[place] for place in chunk[:-1]) < least, "one that could have been cut earlier"

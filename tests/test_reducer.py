@@ -1,6 +1,7 @@
 """Without these, ranks could drift apart, or a run resumed with other buckets could become another run."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from links import counted_bytes
 from ranks import RankPool
 
 from cyclebnn_dist.comm import Codec, MismatchError, Reducer, build_layout, build_reducer
+from cyclebnn_dist.comm import reducer as reducer_module
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
 from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.config.recipe import CommConfig
@@ -69,8 +71,21 @@ def average_in_every_grouping(rank, n, comm):
         for grouping in GROUPINGS:
             tensors = reduced(reducer, gradients_of(rank, step), step=step, bits=bits, grouping=grouping)
             results[bits, grouping] = octets(tensors)
+        with chunks_of(1000):
+            tensors = reduced(reducer, gradients_of(rank, step), step=step, bits=bits)
+        results[bits, "several chunks"] = octets(tensors)
     reducer.close()
     return results
+
+
+@contextmanager
+def chunks_of(numel):
+    """Within it, a reducer cuts buckets into chunks of at least so many elements."""
+    usual, reducer_module.CHUNK_NUMEL = reducer_module.CHUNK_NUMEL, numel
+    try:
+        yield
+    finally:
+        reducer_module.CHUNK_NUMEL = usual
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
@@ -82,7 +97,7 @@ def average_in_every_grouping(rank, n, comm):
 def test_the_result_is_the_same_on_all_ranks_and_in_all_buckets(ranks, n, comm):
     results = ranks(n, average_in_every_grouping, comm)
     for bits in WIDTHS:
-        values = {result[bits, grouping] for result in results for grouping in GROUPINGS}
+        values = {result[bits, way] for result in results for way in (*GROUPINGS, "several chunks")}
         if n == 1:
             assert values == {octets(gradients_of(0, WIDTHS.index(bits)))}
         assert len(values) == 1, f"{bits} bits"
