@@ -10,6 +10,7 @@ run_dir/
   summary.json      written at the end, for programs
   summary.txt       the same for people
   submitit/         job files and logs of python -m launch
+  .lock             held by the job that works here; see run_lock.py
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cyclebnn_dist.config import (
     resume_differences,
     save_recipe,
 )
+from cyclebnn_dist.run_lock import LOCK, OWNER
 
 LAYERS, JOURNAL, SUMMARY_JSON, SUMMARY_TEXT = "layers.txt", "metrics.jsonl", "summary.json", "summary.txt"
 VERDICT = "comm.json"
@@ -49,7 +51,9 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
         resume_differences(load_saved(saved), recipe)
         return
     foreign = (
-        sorted(p.name for p in run_dir.iterdir() if p.name != LAUNCHER_FOLDER) if run_dir.exists() else []
+        sorted(p.name for p in run_dir.iterdir() if p.name not in (LAUNCHER_FOLDER, LOCK, OWNER))
+        if run_dir.exists()
+        else []
     )
     if foreign:
         raise RecipeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from cyclebnn_dist.run_folder import (
     read_verdict,
     write_verdict,
 )
+from cyclebnn_dist.run_lock import run_lock
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
 
@@ -82,6 +84,13 @@ def run_recipe(recipe: Recipe, world: World) -> int:
     if finished:
         log.info("this run is finished already\n%s", finished)
         return FINISHED
+    with ExitStack() as stack:
+        on_main(world, lambda: stack.enter_context(run_lock(run_dir)))
+        return go_on(recipe, world, run_dir=run_dir)
+
+
+def go_on(recipe: Recipe, world: World, *, run_dir: Path) -> int:
+    """Collective: every rank calls this. Train from the newest checkpoint of a run folder that is this job's alone."""
     images = on_main(world, lambda: scan_images(recipe))
     checkpoint = newest_checkpoint(run_dir, world=world)
     run = assemble(recipe, world, run_dir=run_dir, images=images, checkpoint=checkpoint)
