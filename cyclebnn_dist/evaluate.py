@@ -45,11 +45,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: EvalLoader, *, world: World, forward_bits: int, amp: str
+    model: nn.Module, batches: Iterable[Batch], *, world: World, forward_bits: int, amp: str
 ) -> Evaluation:
     """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
 
     The model, its buffers and its mode are afterwards as before.
+
+    Args:
+        batches: this rank's, as ``EvalLoader`` gives them.
 
     Raises:
         RecipeError: on every rank, naming the file: an image cannot be read.
@@ -63,7 +66,7 @@ def evaluate(
     set_widths(model, forward_bits=forward_bits, backward_bits=32)
     check_two_valued(model)
     with using_buffers(model, averaged_buffers(model, world=world)):
-        for batch in refusable(loader, world=world):
+        for batch in refusable(batches, world=world):
             with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
                 logits = model(batch.images)
             logits = logits.float()

@@ -54,9 +54,11 @@ def train(run: Run) -> Literal["finished", "preempted"]:
     window = Window(run)
     skipped_in_a_row = 0
     run.health.begin(run.step)
+    run.watchdog.saw(f"step {run.step}")
     while run.step < run.total_steps:
         result = train_step(run)
         run.step += 1
+        run.watchdog.saw(f"step {run.step}")
         last = run.step == run.total_steps
         run.totals.add_step(
             result.widths,
@@ -86,6 +88,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
             evaluate_and_log(run)
         if run.step % config.save_every == 0 or last or result.stop:
             resume.save(run)
+            run.watchdog.saw(f"the checkpoint of step {run.step}")
         if result.stop and not last:
             return "preempted"
     return "finished"
@@ -236,7 +239,7 @@ def evaluate_and_log(run: Run) -> None:
     for prefix, model in models.items():
         result = evaluate(
             model,
-            run.eval_loader,
+            run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch"),
             world=run.world,
             forward_bits=run.eval_forward_bits,
             amp=run.recipe.train.amp,

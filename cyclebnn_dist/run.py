@@ -20,6 +20,7 @@ from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.precision.schedule import Schedule
 from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.timm_import import timm
+from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World
 
 
@@ -45,6 +46,7 @@ class Run:
     console: Console
     wandb: WandbRun
     preemption: PreemptionFlag
+    watchdog: Watchdog
     total_steps: int
     steps_per_epoch: int
     eval_forward_bits: int

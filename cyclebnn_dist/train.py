@@ -41,6 +41,7 @@ from cyclebnn_dist.run_folder import (
 )
 from cyclebnn_dist.run_lock import run_lock
 from cyclebnn_dist.timm_import import timm
+from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,11 @@ def go_on(recipe: Recipe, world: World, *, run_dir: Path) -> int:
     if checkpoint:
         resume.restore(run, checkpoint)
     announce(run)
-    if loop.train(run) == "preempted":
+    try:
+        ended = loop.train(run)
+    finally:
+        run.watchdog.close()
+    if ended == "preempted":
         return leave_preempted(run)
     summary = on_main(world, lambda: write_summary(run))
     run.wandb.summarize(summarize(run))
@@ -222,6 +227,7 @@ def assemble(
         console=Console(total_steps=run_steps, enabled=world.is_main),
         wandb=WandbRun(run_dir, recipe.wandb, recipe=to_dict(recipe), enabled=world.is_main),
         preemption=PreemptionFlag().install(),
+        watchdog=Watchdog(recipe.run.progress_timeout_seconds),
         total_steps=run_steps,
         steps_per_epoch=epoch_steps,
         eval_forward_bits=recipe.eval.forward_bits or precision.forward.high,

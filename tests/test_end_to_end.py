@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 
 import pytest
 import torch
@@ -96,6 +98,17 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
         # A life that began between two measurements has no flip rate at its first one.
         found = {key: value for key, value in health[1][step].items() if key != "life"}
         assert found.items() <= row.items()
+
+
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(start):
+    run = start("hanging", ranks=2, overrides=("run.progress_timeout_seconds=4",))
+    run.wait_for_step(2, seconds=120)
+    os.kill(run.rank_pids()[1], signal.SIGSTOP)
+    status, output = run.wait(seconds=60)
+    assert status == 1, output
+    logs = "".join(path.read_text() for path in (run.run_dir / "submitit").rglob("*0_log.*"))
+    assert "nothing was finished for 4 s (run.progress_timeout_seconds) since step " in logs
+    assert "cyclebnn_dist/loop.py" in logs, "where it stood"
 
 
 @pytest.mark.long

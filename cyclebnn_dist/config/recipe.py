@@ -49,6 +49,8 @@ class RunConfig:
     """Allow a resumed run more train.epochs than it began with, although that changes every schedule."""
     collective_timeout_seconds: float = 1800.0
     """A collective operation that takes longer than this ends the run."""
+    progress_timeout_seconds: float = 2400.0
+    """A rank that finishes no step, evaluation batch or checkpoint for this long ends, with its stacks in its log; 0: never."""
 
 
 @dataclass(frozen=True)
