@@ -17,6 +17,7 @@ from cyclebnn_dist.comm.codec import Codec
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.plan import Plan
 from cyclebnn_dist.comm.reshard import ReadResiduals, reshard_gradient_errors, reshard_mean_errors
+from cyclebnn_dist.comm.scratch import Scratch
 
 State = dict[str, dict[str, torch.Tensor]]
 
@@ -122,8 +123,14 @@ class ErrorFeedback:
             "gradient": {p.name: torch.zeros(p.numel, device=device) for p in wide},
             "mean": {p.name: torch.zeros(len(p.owned_elements(rank)), device=device) for p in wide},
         }
-        self._pending: State = {"gradient": {}, "mean": {}}
+        # What the present step leaves behind is written beside, and takes their place when the step is applied.
+        self._next: State = {
+            kind: {name: torch.empty_like(error) for name, error in errors.items()}
+            for kind, errors in self._errors.items()
+        }
+        self._noted: list[tuple[str, str]] = []
         self._finite: list[torch.Tensor] = []
+        self._scratch = Scratch(device)
 
     def add_to_gradients(self, flat: torch.Tensor, plan: Plan, *, loss_scale: float) -> None:
         """Add the residuals to the flat gradient (fp32), in place."""
@@ -145,20 +152,22 @@ class ErrorFeedback:
         loss_scale: float,
     ) -> None:
         """Note what the outgoing messages lack of ``flat``."""
-        decoded = torch.zeros_like(flat)
+        decoded = self._scratch.get("decoded", flat.numel(), torch.float32)
         self._codec.decode_pieces(message, plan.outgoing.wide, decoded, bits=plan.bits, words=words)
         start = 0
         for parameter in plan.parameters:
             if not parameter.small:
                 part = slice(start, start + parameter.numel)
-                self._note("gradient", parameter.name, (flat[part] - decoded[part]) / loss_scale)
+                self._note(
+                    "gradient", parameter.name, wanted=flat[part], sent=decoded[part], loss_scale=loss_scale
+                )
             start += parameter.numel
 
     def add_to_mean(
         self, rows: torch.Tensor, plan: Plan, *, words: tuple[int, int], loss_scale: float
     ) -> None:
         """Add the residuals to this rank's rows of the mean, which are in the domain of the codes, in place."""
-        errors = torch.zeros_like(rows)
+        errors = self._scratch.get("rows", rows.numel(), torch.float32).view_as(rows).zero_()
         for owned in plan.owned:
             errors[owned.rows].view(-1)[: owned.numel] = self._errors["mean"][owned.parameter.name]
         self._codec.rotate_rows(errors, plan.own.wide, bits=plan.bits, words=words)
@@ -174,26 +183,26 @@ class ErrorFeedback:
         loss_scale: float,
     ) -> None:
         """Note what the message to everyone lacks of ``rows``."""
-        decoded = torch.zeros_like(rows)
+        decoded = self._scratch.get("rows", rows.numel(), torch.float32).view_as(rows).zero_()
         self._codec.add_pieces(message, plan.own.wide, decoded, bits=plan.bits)
-        errors = rows - decoded
+        # Rotation is linear, so what is lost may be taken in the domain of the codes.
+        errors = torch.sub(rows, decoded, out=decoded)
         self._codec.rotate_rows(errors, plan.own.wide, bits=plan.bits, words=words, inverse=True)
         for owned in plan.owned:
-            self._note(
-                "mean", owned.parameter.name, errors[owned.rows].reshape(-1)[: owned.numel] / loss_scale
-            )
+            error = errors[owned.rows].view(-1)[: owned.numel]
+            self._note("mean", owned.parameter.name, wanted=error, sent=None, loss_scale=loss_scale)
 
     def see_result(self, flat: torch.Tensor) -> None:
         """Look at a reduced bucket, which is the same on all ranks."""
-        self._finite.append(torch.isfinite(flat).all())
+        self._finite.append(_all_finite(flat))
 
     def finish_step(self, *, applied: bool = True) -> None:
         """Keep the errors of a step that was applied and in which all that was reduced is finite, forget them otherwise."""
         if applied and all(bool(finite) for finite in self._finite):
-            for kind, errors in self._pending.items():
-                self._errors[kind].update(errors)
-        self._pending = {"gradient": {}, "mean": {}}
-        self._finite = []
+            for kind, name in self._noted:
+                errors, others = self._errors[kind], self._next[kind]
+                errors[name], others[name] = others[name], errors[name]
+        self._noted, self._finite = [], []
 
     def state_dict(self) -> State:
         """The residuals, as ``{"gradient" | "mean": {parameter name: fp32 tensor}}``."""
@@ -227,5 +236,26 @@ class ErrorFeedback:
             }
         )
 
-    def _note(self, kind: str, name: str, error: torch.Tensor) -> None:
-        self._pending[kind][name] = torch.where(torch.isfinite(error), error, self._errors[kind][name])
+    def _note(
+        self, kind: str, name: str, *, wanted: torch.Tensor, sent: torch.Tensor | None, loss_scale: float
+    ) -> None:
+        """Keep ``wanted - sent`` in unscaled units for the next step; where it is not finite, what was kept before."""
+        error = self._next[kind][name]
+        if sent is None:
+            error.copy_(wanted)
+        else:
+            torch.sub(wanted, sent, out=error)
+        if loss_scale != 1.0:
+            error.div_(loss_scale)
+        if error.device.type != "cpu" or not _all_finite(error):
+            error.copy_(torch.where(torch.isfinite(error), error, self._errors[kind][name]))
+        self._noted.append((kind, name))
+
+
+def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all elements are finite, a bool scalar; on a CPU a sum, where it is finite, says so in one pass."""
+    if tensor.device.type == "cpu":
+        finite = torch.isfinite(tensor.sum())
+        if finite:
+            return finite
+    return torch.isfinite(tensor).all()
