@@ -43,6 +43,36 @@ def repeat_one_gradient(rank, n, steps, bits):
     return results
 
 
+def hand_over_ahead(rank, n, *, waits):
+    shapes = {f"g{i}": (30, 50) for i in range(60)}
+    named = [(name, torch.empty(shape)) for name, shape in shapes.items()]
+    comm = CommConfig(block_size=64, error_feedback=True)
+    reducer = build_reducer(comm, named, rank=rank, world_size=n, seed=9, device=CPU)
+    results = []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        futures = [reducer.reduce({name: tensor}, step=step, bits=2) for name, tensor in tensors.items()]
+        results.append((futures, tensors))
+        for future in futures if waits else ():
+            future.wait()
+    for futures, _ in results:
+        for future in futures:
+            future.wait()
+    reducer.finish_step()
+    residuals = reducer.state_dict()["residuals"]["gradient"]
+    reducer.close()
+    return torch.cat([tensor.view(-1) for tensor in (*results[-1][1].values(), *residuals.values())])
+
+
+def both_ways(rank, n):
+    return torch.equal(hand_over_ahead(rank, n, waits=True), hand_over_ahead(rank, n, waits=False))
+
+
+def test_a_step_begun_before_the_last_one_has_ended_gets_all_of_its_residuals(ranks):
+    assert ranks(2, both_ways) == [True, True]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_what_one_step_loses_arrives_in_later_ones(ranks, bits):
     n, steps = 2, 24

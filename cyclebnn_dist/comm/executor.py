@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from time import perf_counter
 from typing import Protocol
 
@@ -40,8 +40,11 @@ class Executor(Protocol):
     def take_idle_seconds(self) -> float:
         """Seconds since the last call in which exchanges were under way and all of them waited."""
 
+    def drain(self) -> None:
+        """Return when all that was submitted has ended, well or not; on a GPU, let the caller's stream wait for it."""
+
     def close(self) -> None:
-        """Take no more work."""
+        """Take no more work: what is submitted from now on fails."""
 
 
 class _Bucket:
@@ -61,6 +64,7 @@ class ThreadExecutor:
         self._queue: queue.SimpleQueue[tuple[Exchange, _Bucket] | None] = queue.SimpleQueue()
         self._books = threading.Lock()
         self._unfinished: set[_Bucket] = set()
+        self._closed = False
         self._turn = threading.Lock()
         self._ended_turn = 0.0
         self._num_waiting = 0
@@ -76,13 +80,17 @@ class ThreadExecutor:
         bucket = _Bucket(flat, exchanges=len(exchanges))
         with self._books:
             error = self.error
-            if error is None:
+            if error is None and self._closed:
+                error = RuntimeError("gradients were handed over after the reducer was closed")
+            if error is None and exchanges:
                 self._unfinished.add(bucket)
+                # Within the lock, so that nothing comes behind what close() puts there.
+                for exchange in exchanges:
+                    self._queue.put((exchange, bucket))
         if error is not None:
             bucket.future.set_exception(error)  # type: ignore[arg-type]
-            return bucket.future
-        for exchange in exchanges:
-            self._queue.put((exchange, bucket))
+        elif not exchanges:
+            bucket.future.set_result(flat)
         return bucket.future
 
     @contextmanager
@@ -99,9 +107,19 @@ class ThreadExecutor:
         seconds, self._idle_seconds = self._idle_seconds, 0.0
         return seconds
 
+    def drain(self) -> None:
+        with self._books:
+            unfinished = list(self._unfinished)
+        for bucket in unfinished:
+            with suppress(Exception):  # of the exchange, which stays in ``error``
+                bucket.future.wait()
+
     def close(self) -> None:
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._books:
+            if not self._closed:
+                for _ in self._threads:
+                    self._queue.put(None)
+            self._closed = True
         if self.error is None:
             for thread in self._threads:
                 thread.join()
@@ -109,25 +127,28 @@ class ThreadExecutor:
     @torch.no_grad()
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:
+            exchange, bucket = item
             self._take_turn()
             try:
-                if self.error is None:
-                    self._run(*item)
+                done = self.error is None and self._run(exchange, bucket)
             finally:
                 self._end_turn()
+            # Not in its turn: what the caller hung on to the future runs here, and may wait for other exchanges.
+            if done:
+                bucket.future.set_result(bucket.flat)
 
-    def _run(self, exchange: Exchange, bucket: _Bucket) -> None:
+    def _run(self, exchange: Exchange, bucket: _Bucket) -> bool:
+        """Whether that was the last exchange of a bucket which has not failed."""
         try:
             exchange()
         except Exception as error:
             self._fail(error)
-            return
+            return False
         bucket.left -= 1
         with self._books:
             done = bucket.left == 0 and bucket in self._unfinished
             self._unfinished -= {bucket} if done else set()
-        if done:
-            bucket.future.set_result(bucket.flat)
+        return done
 
     def _fail(self, error: Exception) -> None:
         """Let everything that is not finished fail of the first error; what other exchanges wait for may never come."""
@@ -180,6 +201,9 @@ class StreamExecutor:
     def take_idle_seconds(self) -> float:
         return 0.0
 
+    def drain(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def close(self) -> None:
         self._stream.synchronize()
 
@@ -201,6 +225,9 @@ class InlineExecutor:
 
     def take_idle_seconds(self) -> float:
         return 0.0
+
+    def drain(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

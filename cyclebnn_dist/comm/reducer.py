@@ -105,7 +105,7 @@ class Reducer:
         return f"{encoder} over {dist.get_backend(self._group)}"
 
     def begin_step(self, step: int, bits: int, *, loss_scale: float = 1.0) -> None:
-        """Say at which global step and width the gradients that follow are reduced.
+        """Say at which global step and width the gradients that follow are reduced, once those before them are.
 
         Args:
             bits: 1 to 8, 16 (bf16) or 32 (fp32).
@@ -117,6 +117,7 @@ class Reducer:
         """
         if bits not in WIDTHS:
             raise ValueError(f"a gradient all-reduce of {bits} bits does not exist; widths are {WIDTHS}")
+        self._executor.drain()
         self.check()
         self.finish_step()
         self._step, self._bits, self._loss_scale = step, bits, loss_scale
@@ -126,6 +127,7 @@ class Reducer:
 
         ``begin_step`` does it where nobody has, by whether what was reduced is finite.
         """
+        self._executor.drain()
         self._feedback.finish_step(applied=applied)
 
     def reduce(
