@@ -15,6 +15,7 @@ SECONDS = 60
 
 ENDED = frozenset(
     [
+        "ENDED",
         "COMPLETED",
         "CANCELLED",
         "FAILED",
@@ -28,7 +29,7 @@ ENDED = frozenset(
         "SPECIAL_EXIT",
     ]
 )
-"""States of jobs that have left the queue, under squeue's names."""
+"""States of jobs that have left the queue, under squeue's names; ENDED is that of local runs."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def cancel(jobs: Sequence[str]) -> None:
     for job in jobs:
         _slurm("scontrol", "update", f"JobId={job}", "Requeue=0")  # refused for a job that has just ended
     done = _slurm("scancel", *jobs)
-    if done.returncode:
-        raise RecipeError("scancel", done.stderr.strip() or f"ended with {done.returncode}")
+    problems = [line for line in done.stderr.splitlines() if "already completing or completed" not in line]
+    if done.returncode and problems:
+        raise RecipeError("scancel", "\n".join(problems))
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
