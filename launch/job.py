@@ -18,6 +18,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
+from launch import snapshot
 from launch.processes import Process, arguments, is_running, look, marked, send
 
 FINISHED, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
@@ -55,9 +56,13 @@ class Job:
         """Run to the end. What the user can mend is returned, not raised; everything else is raised.
 
         Raises:
+            RuntimeError: the code is not that of the snapshot it was submitted with.
             SystemExit: on Slurm, for a run that failed or was refused, so that Slurm counts the job as failed.
         """
         prepare_rank(self.cuda_devices)
+        code = snapshot.enter()
+        if os.environ["RANK"] == "0" and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            print(code, flush=True)
         try:
             recipe = recipe_from_dict(self.recipe)
             from cyclebnn_dist import train

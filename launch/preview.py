@@ -14,14 +14,21 @@ from launch.profile import ClusterProfile, num_tasks_per_node
 from launch.submit import choose_gpus, local_environment, python_command, sbatch_text
 
 
-def submission_text(profile: ClusterProfile, *, folder: Path) -> str:
-    """Return the sbatch text, or for a local run the processes that would start.
+def submission_text(
+    profile: ClusterProfile,
+    *,
+    folder: Path,
+    code: Path | None = None,
+    count: int = 1,
+    max_parallel: int | None = None,
+) -> str:
+    """Return the sbatch text (see launch.submit.sbatch_text), or for a local run the processes that would start.
 
     Raises:
         RecipeError: the profile asks for GPUs that are not there.
     """
     if profile.cluster == "slurm":
-        return sbatch_text(profile, folder=folder)
+        return sbatch_text(profile, folder=folder, code=code, count=count, max_parallel=max_parallel)
     if profile.cluster == "debug":
         return "one rank, in the launcher's own process\n"
     gpus = choose_gpus(profile)

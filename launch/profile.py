@@ -11,6 +11,18 @@ from cyclebnn_dist.config import RecipeError, load_settings
 
 
 @dataclass(frozen=True)
+class ContainerConfig:
+    """The container the ranks run in."""
+
+    image: str = ""
+    """Image: a file that all nodes see, or what else the runtime takes; empty means no container."""
+    runtime: Literal["apptainer", "singularity", "pyxis"] = "apptainer"
+    """apptainer, singularity: started by srun on every node; pyxis: srun's own --container-image."""
+    mounts: tuple[str, ...] = ()
+    """Folders as SOURCE or SOURCE:TARGET, e.g. the data; the submitting folder and the run folder are always there."""
+
+
+@dataclass(frozen=True)
 class ClusterProfile:
     """What one run asks for. A profile is a YAML file, as slurm/gpu.yaml; ``base:`` inherits from another one."""
 
@@ -54,8 +66,9 @@ class ClusterProfile:
     """Environment variables of the ranks, e.g. NCCL_SOCKET_IFNAME: ib0."""
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     """Any further sbatch option: reservation: mine, or exclusive: true for one without a value."""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
     python: str = ""
-    """Command that starts Python on a node (a container's, for example); empty means the one running now."""
+    """Command that starts Python on a node; empty means the one running now, and in a container python3."""
 
 
 def load_profile(path: str | os.PathLike[str] | None, *, overrides: Sequence[str] = ()) -> ClusterProfile:
@@ -97,6 +110,12 @@ def check_profile(profile: ClusterProfile) -> None:
                 f"{profile.signal_delay_s} s is too much for a time limit of {profile.timeout_min} min",
                 "stay below the limit and below 10 minutes, or a time-out is taken for a pre-emption",
             )
+    if profile.container.image and profile.cluster != "slurm":
+        raise RecipeError(
+            "container.image",
+            f"a container, but cluster is {profile.cluster}",
+            "start the launcher within the container",
+        )
     for name in profile.environment:
         if not name.isidentifier():
             raise RecipeError(f"environment.{name}", "is not the name of an environment variable")

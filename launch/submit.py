@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ import submitit
 from submitit.helpers import clean_env
 
 from cyclebnn_dist.config import RecipeError
+from launch import snapshot
 from launch.job import LAUNCHER_PID, MARK
 from launch.profile import ClusterProfile, num_tasks_per_node
 
@@ -31,28 +32,55 @@ class PreviewExecutor(submitit.SlurmExecutor):
         return 1
 
 
-def slurm_executor(profile: ClusterProfile, *, folder: Path, preview: bool = False) -> submitit.SlurmExecutor:
+def slurm_executor(
+    profile: ClusterProfile,
+    *,
+    folder: Path,
+    code: Path | None = None,
+    max_parallel: int | None = None,
+    preview: bool = False,
+) -> submitit.SlurmExecutor:
     """Return the executor that submits under this profile; ``preview`` needs no Slurm and only shows the text.
+
+    Args:
+        profile: the cluster profile.
+        folder: the launcher's folder in the run folder (of a grid: in the grid's).
+        code: snapshot the job imports from.
+        max_parallel: of an array, how many tasks may run at a time.
+        preview: see above.
 
     Raises:
         RecipeError: there is no Slurm on this machine.
     """
     make = PreviewExecutor if preview else submitit.SlurmExecutor
     try:
-        executor = make(folder, max_num_timeout=profile.max_num_timeout, python=profile.python or None)
+        executor = make(
+            folder, max_num_timeout=profile.max_num_timeout, python=slurm_python(profile, folder=folder)
+        )
     except RuntimeError as error:
         cure = "submit from a login node, show the text with --dry-run, or train here with --local"
         raise RecipeError("--cluster", f"there is no Slurm on this machine ({error})", cure) from None
-    executor.update_parameters(**slurm_parameters(profile, name=profile.name or folder.parent.name))
+    parameters = slurm_parameters(profile, name=profile.name or folder.parent.name, folder=folder)
+    if code is not None:
+        parameters["setup"] = [*(parameters["setup"] or []), *snapshot.setup_lines(code)]
+    if max_parallel is not None:
+        parameters["array_parallelism"] = max_parallel
+    executor.update_parameters(**parameters)
     return executor
 
 
-def slurm_parameters(profile: ClusterProfile, *, name: str) -> dict[str, Any]:
+def slurm_parameters(profile: ClusterProfile, *, name: str, folder: Path) -> dict[str, Any]:
     """Return the sbatch options of a profile under submitit's names; what the profile leaves open is left out."""
     srun_args = list(profile.srun_args)
     if profile.cpus_per_task is not None:
         # since Slurm 22.05 srun no longer takes this over from sbatch
         srun_args.insert(0, f"--cpus-per-task={profile.cpus_per_task}")
+    if profile.container.image and profile.container.runtime == "pyxis":
+        mounts = [m if ":" in m else f"{m}:{m}" for m in container_mounts(profile, folder=folder)]
+        srun_args += [
+            f"--container-image={profile.container.image}",
+            f"--container-mounts={','.join(mounts)}",
+        ]
     options = {
         "job_name": name,
         "time": profile.timeout_min,
@@ -82,28 +110,71 @@ def slurm_parameters(profile: ClusterProfile, *, name: str) -> dict[str, Any]:
     }
 
 
-def sbatch_text(profile: ClusterProfile, *, folder: Path) -> str:
-    """Return the batch file that slurm_executor would submit; nothing is written."""
-    executor = slurm_executor(profile, folder=folder, preview=True)
+def container_mounts(profile: ClusterProfile, *, folder: Path) -> list[str]:
+    """Return what a container sees of the cluster's disks: the submitting folder, the run folder, the profile's mounts."""
+    return list(dict.fromkeys([os.getcwd(), str(folder.parent.absolute()), *profile.container.mounts]))
+
+
+def slurm_python(profile: ClusterProfile, *, folder: Path) -> str:
+    """Return the command that srun starts on the nodes in place of Python."""
+    if not profile.container.image:
+        return python_command(profile)
+    python = profile.python or "python3"
+    if profile.container.runtime == "pyxis":
+        return python
+    gpus = ["--nv"] if profile.gpus_per_node else []
+    mounts = ",".join(container_mounts(profile, folder=folder))
+    return f"{shlex.join([profile.container.runtime, 'exec', *gpus, '--bind', mounts, profile.container.image])} {python}"
+
+
+def sbatch_text(
+    profile: ClusterProfile,
+    *,
+    folder: Path,
+    code: Path | None = None,
+    count: int = 1,
+    max_parallel: int | None = None,
+) -> str:
+    """Return the batch file that submit_slurm would submit for ``count`` jobs; nothing is written."""
+    executor = slurm_executor(profile, folder=folder, code=code, max_parallel=max_parallel, preview=True)
+    if count > 1:
+        executor.parameters["map_count"] = count
     return executor._make_submission_file_text(executor._submitit_command_str, uid="preview")
 
 
-def submit_slurm(job: Callable[[], Any], *, profile: ClusterProfile, folder: Path) -> submitit.Job[Any]:
-    """Submit with sbatch and return at once.
+def submit_slurm(
+    jobs: Sequence[Callable[[], Any]],
+    *,
+    profile: ClusterProfile,
+    folder: Path,
+    with_code: bool = True,
+    max_parallel: int | None = None,
+) -> tuple[list[submitit.Job[Any]], Path | None]:
+    """Submit with sbatch, several jobs as one array, and return at once: the jobs, and the snapshot they import from.
 
     Raises:
         RecipeError: no Slurm here, or sbatch refused.
     """
-    executor = slurm_executor(profile, folder=folder)
+    slurm_executor(profile, folder=folder)  # refuses before anything is written
+    code = snapshot.take_snapshot(folder) if with_code else None
+    executor = slurm_executor(profile, folder=folder, code=code, max_parallel=max_parallel)
     folder.mkdir(parents=True, exist_ok=True)
     inside_a_job = clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
     try:
         with inside_a_job, environ(stale_ranks()):
-            return executor.submit(job)
+            return submit_all(executor, jobs), code
     except submitit.core.utils.FailedJobError as error:
         raise RecipeError(
             "--cluster", f"sbatch refused: {str(error).strip()}", "change the profile"
         ) from None
+
+
+def submit_all(
+    executor: submitit.SlurmExecutor | submitit.LocalExecutor, jobs: Sequence[Callable[[], Any]]
+) -> list[submitit.Job[Any]]:
+    """Submit jobs with an executor: several become one array, each requeued by itself."""
+    with executor.batch():
+        return [executor.submit(job) for job in jobs]
 
 
 def start_local(
@@ -151,8 +222,10 @@ def local_environment(profile: ClusterProfile, *, tasks: int) -> dict[str, str |
 
 def stale_ranks() -> dict[str, str | None]:
     """Return, as variables to unset, what a shell inside torchrun or a job would pass on to ranks."""
+    # PYTHONPATH may still name that job's snapshot; one of this submission comes before it.
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     names |= {"GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"}
+    names |= {snapshot.CODE, snapshot.WORKING_FOLDER}
     return {name: None for name in os.environ if name in names or name.startswith("TORCHELASTIC_")}
 
 

@@ -121,7 +121,7 @@ def test_timm_is_imported_in_one_place():
     "modules",
     [
         "cyclebnn_dist.config, cyclebnn_dist.run_folder, cyclebnn_dist.batching",
-        "launch, launch.__main__, launch.submit, launch.watch, launch.preview",
+        "launch, launch.__main__, launch.submit, launch.watch, launch.preview, launch.manage, launch.snapshot",
     ],
 )
 def test_a_login_node_needs_no_torch(modules):

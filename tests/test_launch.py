@@ -22,7 +22,7 @@ from cyclebnn_dist.config.schema import leaves
 from launch import processes
 from launch.job import FAILED, FINISHED, MARK, PREEMPTED, REFUSED, Job, Outcome, prepare_rank
 from launch.preview import submission_text
-from launch.profile import ClusterProfile, load_profile, num_tasks_per_node
+from launch.profile import ClusterProfile, ContainerConfig, load_profile, num_tasks_per_node
 from launch.submit import environ, sbatch_text, start_local
 from launch.watch import watch
 
@@ -74,6 +74,8 @@ def test_the_profiles_in_the_repository_load():
         ("{cluster: local, nodes: 2}", "nodes", "one machine"),
         ("timeout_min: 1\nsignal_delay_s: 90", "signal_delay_s", "time limit"),
         ("timeout_min: 60\nsignal_delay_s: 721", "signal_delay_s", "below 10 minutes"),
+        ("{cluster: local, container: {image: a.sif}}", "container.image", "within the container"),
+        ("container: {image: a.sif, runtime: docker}", "container.runtime", "is not one of"),
         ("environment: {OMP_NUM_THREADS: 4}", "environment.OMP_NUM_THREADS", "quotes"),
         ("environment: {'A B': x}", "environment.A B", "environment variable"),
         ("additional_parameters: {exclusive: [1]}", "additional_parameters.exclusive", "sbatch option"),
@@ -141,6 +143,21 @@ def test_the_batch_file_asks_for_exactly_what_the_profile_says(tmp_path):
     (srun,) = [line for line in text.splitlines() if line.startswith("srun")]
     assert "--cpus-per-task=6 --kill-on-bad-exit=1 singularity exec image.sif python -u -m submitit" in srun
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("runtime", ["apptainer", "pyxis"])
+def test_a_container_sees_the_run_and_starts_its_own_python(tmp_path, monkeypatch, runtime):
+    monkeypatch.chdir(tmp_path)
+    container = ContainerConfig("image.sif", runtime, ("/data:/mnt/data",))
+    folder = tmp_path / "run/submitit"
+    text = sbatch_text(ClusterProfile(gpus_per_node=1, container=container), folder=folder)
+    (srun,) = [line for line in text.splitlines() if line.startswith("srun")]
+    if runtime == "apptainer":
+        bind = f"{tmp_path},{tmp_path}/run,/data:/mnt/data"
+        assert f" apptainer exec --nv --bind {bind} image.sif python3 -u -m submitit" in srun
+    else:
+        mounts = f"{tmp_path}:{tmp_path},{tmp_path}/run:{tmp_path}/run,/data:/mnt/data"
+        assert f"--container-image=image.sif --container-mounts={mounts} python3 -u -m submitit" in srun
 
 
 def test_a_site_that_forbids_requeueing_is_obeyed(tmp_path):
