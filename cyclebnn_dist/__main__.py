@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         lambda options: options.run_bench(options),
         "measure on this machine what the project claims",
-        "  cyclebnn bench layers\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
+        "  cyclebnn bench layers\n  cyclebnn bench data\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
         "  cyclebnn bench convergence --out runs.jsonl",
     )
     _add_bench_commands(bench)
