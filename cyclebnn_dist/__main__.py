@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bench",
         lambda options: options.run_bench(options),
         "measure on this machine what the project claims",
-        "  cyclebnn bench layers\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
+        "  cyclebnn bench layers\n  cyclebnn bench data\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
         "  cyclebnn bench convergence --out runs.jsonl",
     )
     _add_bench_commands(bench)
@@ -213,6 +213,38 @@ def _add_bench_commands(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
     )
     layers.add_argument("--json", action="store_true", help="print one JSON object")
+
+    data = commands.add_parser(
+        "data",
+        help="images a second of the data pipeline beside timm's loader, and how long training waits",
+        description="Read the same JPEG files with this project's loader (DALI) and with timm's (Pillow in worker "
+        "processes) by number of threads, decoding only, plain and with RandAugment, in turn: images a second, ratios "
+        "with 95 % intervals, and the share of a training step that waits for data.",
+        epilog="examples:\n  cyclebnn bench data\n  cyclebnn bench data --data /data/imagenet --threads 4 8 --json\n"
+        "  cyclebnn bench data --seconds 60 --model none",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data.set_defaults(run_bench=_bench_data)
+    data.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder with train/<class>/* (default: generated photographs)",
+    )
+    data.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="decoding threads (default: 1, 2, 4 ... all cores)",
+    )
+    data.add_argument("--image-size", type=int, default=224, help="side of an image in pixels (default: 224)")
+    data.add_argument("--batch", type=int, default=32, help="images of a batch (default: 32)")
+    data.add_argument(
+        "--model", default="resnet18", help="timm model to train, or none to leave it out (default: resnet18)"
+    )
+    data.add_argument("--seconds", type=float, default=300.0, help="about how long to measure (default: 300)")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
 
     comm = commands.add_parser(
         "comm",
@@ -436,6 +468,26 @@ def _bench_layers(options: argparse.Namespace) -> int:
         device=options.device,
     )
     print(json.dumps(result) if options.json else render(result))
+    return 0
+
+
+def _bench_data(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.bench.data import bench_data
+    from cyclebnn_dist.bench.data_text import render_data
+
+    try:
+        result = bench_data(
+            path=options.data,
+            threads=options.threads,
+            image_size=options.image_size,
+            batch=options.batch,
+            model=options.model,
+            seconds=options.seconds,
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(json.dumps(result) if options.json else render_data(result))
     return 0
 
 

@@ -12,6 +12,7 @@ from nvidia.dali.auto_aug.augmentations import identity
 from nvidia.dali.auto_aug.core import select, signed_bin
 
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.operations import faster_on_cpu
 
 fn: Any = dali.fn
 types: Any = dali.types
@@ -83,7 +84,7 @@ def augmented(images: Any, config: DataConfig) -> Any:
     bins = _auto_augment().magnitude_bins if config.augment == "autoaugment" else MAGNITUDE_BINS
     for stage, suite in enumerate(_suites(config)):
         images = select(
-            suite,
+            suite if images.device == "gpu" else faster_on_cpu(suite),
             operation[stage],
             data=images,
             magnitude_bin=signed_bin(magnitude[stage], random_sign=sign[stage]),

@@ -14,12 +14,12 @@ import numpy as np
 from nvidia import dali
 
 from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data.operations import grey_level
 
 fn: Any = dali.fn
 types: Any = dali.types
 
 _NAMES = ("brightness", "contrast", "saturation", "hue")
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def num_columns(config: DataConfig) -> int:
@@ -58,13 +58,11 @@ def jittered(images: Any, config: DataConfig) -> Any:
     if "saturation" in factor:
         images = fn.hsv(images, saturation=factor["saturation"], hue=factor["hue"])
     if "contrast" in factor:
-        colour = fn.reductions.mean(images, axes=(0, 1))
-        grey = colour[0] * _LUMA[0] + colour[1] * _LUMA[1] + colour[2] * _LUMA[2]
         images = fn.brightness_contrast(
             images,
             brightness=factor["brightness"],
             contrast=factor["contrast"],
-            contrast_center=grey.cpu(),  # where it is not already: DALI takes parameters there
+            contrast_center=grey_level(images).cpu(),  # where it is not already: DALI takes parameters there
         )
     return images
 
