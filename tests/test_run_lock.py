@@ -11,7 +11,6 @@ import pytest
 from launching import ROOT, TINY_RECIPE
 
 from cyclebnn_dist import run_lock as module
-from cyclebnn_dist.__main__ import main
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.run_lock import LOCK, OWNER, run_lock
 
@@ -83,11 +82,13 @@ def test_a_job_that_was_refused_leaves_no_folder(tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} - {LOCK} == {"recipe.yaml"}
 
 
-def test_training_in_a_folder_that_is_in_use_is_refused(tmp_path, tiny_data, capsys):
+def test_training_in_a_folder_that_is_in_use_is_refused(tmp_path, tiny_data):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
     with holder(tmp_path / "run") as first:
         before = sorted((tmp_path / "run").iterdir())
-        assert main(["train", str(recipe)]) == 2
-        assert f"process {first.pid} on " in capsys.readouterr().err
+        command = [sys.executable, "-m", "cyclebnn_dist", "train", str(recipe)]
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+        assert second.returncode == 2, second.stderr
+        assert f"process {first.pid} on " in second.stderr
         assert sorted((tmp_path / "run").iterdir()) == before
