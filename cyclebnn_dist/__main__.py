@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cyclebnn_dist.bench.commands import add_bench_commands
 from cyclebnn_dist.config import RecipeError, load_recipe
+from cyclebnn_dist.data.commands import add_data_commands
 
 FAILED, REFUSED = 1, 2
 CONVENTION_NAMES = ("bireal", "elementwise", "bnext", "fvbitcore")
@@ -32,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _interruptible(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Of a command that has nothing to save: Ctrl-C ends it in a word."""
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -158,20 +169,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = command(
         "bench",
-        lambda options: options.run_bench(options),
+        lambda options: _interruptible(options.run_bench, options),
         "measure on this machine what the project claims",
         "  cyclebnn bench layers\n  cyclebnn bench data\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
         "  cyclebnn bench convergence --out runs.jsonl",
     )
-    _add_bench_commands(bench)
+    add_bench_commands(bench)
 
     data = command(
         "data",
-        lambda options: options.run_data(options),
+        lambda options: _interruptible(options.run_data, options),
         "make or inspect data sets",
         "  cyclebnn data sample sample_data\n  cyclebnn data check /data/imagenet --out bad.txt",
     )
-    _add_data_commands(data)
+    add_data_commands(data)
     return parser
 
 
@@ -186,198 +197,6 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, help="optimizer steps of the whole run, instead of counting images"
     )
     parser.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch")
-
-
-def _add_bench_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    layers = commands.add_parser(
-        "layers",
-        help="time and memory of a training step with binary layers",
-        description="One training step of a model with binary layers of every method, beside the real model and beside "
-        "a CycleBNN layer composed of ordinary operations: ratios of times measured in turn, and bytes kept.",
-        epilog="examples:\n  cyclebnn bench layers\n"
-        "  cyclebnn bench layers --methods cyclebnn bnn --seconds 60 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    layers.set_defaults(run_bench=_bench_layers)
-    layers.add_argument("--methods", nargs="+", metavar="METHOD", help="binarization methods (default: all)")
-    layers.add_argument("--model", default="resnet18", help="timm model (default: resnet18)")
-    layers.add_argument("--batch", type=int, default=16, help="images of a step (default: 16)")
-    layers.add_argument(
-        "--image-size", type=int, default=224, help="side of an image in pixels (default: 224)"
-    )
-    layers.add_argument(
-        "--seconds", type=float, default=200.0, help="about how long to measure (default: 200)"
-    )
-    layers.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
-    )
-    layers.add_argument("--json", action="store_true", help="print one JSON object")
-
-    data = commands.add_parser(
-        "data",
-        help="images a second of the data pipeline beside timm's loader, and how long training waits",
-        description="Read the same JPEG files with this project's loader (DALI) and with timm's (Pillow in worker "
-        "processes) by number of threads, decoding only, plain and with RandAugment, in turn: images a second, ratios "
-        "with 95 % intervals, and the share of a training step that waits for data.",
-        epilog="examples:\n  cyclebnn bench data\n  cyclebnn bench data --data /data/imagenet --threads 4 8 --json\n"
-        "  cyclebnn bench data --seconds 60 --model none",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data.set_defaults(run_bench=_bench_data)
-    data.add_argument(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="folder with train/<class>/* (default: generated photographs)",
-    )
-    data.add_argument(
-        "--threads",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="decoding threads (default: 1, 2, 4 ... all cores)",
-    )
-    data.add_argument("--image-size", type=int, default=224, help="side of an image in pixels (default: 224)")
-    data.add_argument("--batch", type=int, default=32, help="images of a batch (default: 32)")
-    data.add_argument(
-        "--model", default="resnet18", help="timm model to train, or none to leave it out (default: resnet18)"
-    )
-    data.add_argument("--seconds", type=float, default=300.0, help="about how long to measure (default: 300)")
-    data.add_argument("--json", action="store_true", help="print one JSON object")
-
-    comm = commands.add_parser(
-        "comm",
-        help="time, bytes and error of the gradient all-reduce at every width",
-        description="Average the gradients of a ResNet-50 at 32, 16 and 8 to 1 bits, with plain codecs, with error "
-        "feedback and with torch's own all-reduce, in turn: seconds, bytes sent, error, ratios with 95 % intervals, "
-        "what the wire and the codec alone would take, and the widths that pay on this network. Under torchrun or srun "
-        "it measures the network between their ranks.",
-        epilog="examples:\n  sudo cyclebnn bench comm --ranks 4 --rate 1gbit --plot comm.png\n"
-        "  cyclebnn bench comm --ranks 2 --unshaped --seconds 60 --json\n"
-        "  cyclebnn bench comm --ranks 2 --unshaped --variants torch_fp32 q4 q2\n"
-        "  srun --ntasks-per-node 1 cyclebnn bench comm\n"
-        "  torchrun --nnodes 2 --nproc-per-node 1 ... -m cyclebnn_dist bench comm",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    comm.set_defaults(run_bench=_bench_comm)
-    comm.add_argument("--ranks", type=int, help="processes to start on this machine (default: 4)")
-    comm.add_argument(
-        "--rate", help="give each a network whose link has this rate, e.g. 1gbit, 100mbit; needs root"
-    )
-    comm.add_argument("--unshaped", action="store_true", help="let them meet on this machine's loopback")
-    comm.add_argument(
-        "--variants", nargs="+", metavar="NAME", help="which ones (default: all); fp32 and bf16 always run"
-    )
-    comm.add_argument(
-        "--numel", type=int, default=25_557_032, help="gradients (default: a ResNet-50's, 25557032)"
-    )
-    comm.add_argument(
-        "--bucket-mb",
-        type=float,
-        default=25.0,
-        help="size of a bucket in MiB, as engine.bucket_mb (default: 25)",
-    )
-    comm.add_argument("--launches", type=int, default=3, help="how often to start anew (default: 3)")
-    comm.add_argument("--seconds", type=float, default=600.0, help="about how long to measure (default: 600)")
-    comm.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
-    comm.add_argument("--json", action="store_true", help="print one JSON object")
-
-    convergence = commands.add_parser(
-        "convergence",
-        help="accuracy of a binary network trained with narrow gradients, paired by seed",
-        description="Train a small binary network from many seeds on ranks of this machine, with the gradient all-reduce "
-        "in fp32, bf16, constant 8, 4 and 2 bits and the 2-8 cycle, each of these with error feedback and without: "
-        "accuracy, differences to fp32 with 95 % t intervals, bytes sent, and whether it is non-inferior.",
-        epilog="examples:\n  cyclebnn bench convergence --out runs.jsonl --plot convergence.png\n"
-        "  cyclebnn bench convergence --seeds 10 --variants q4 cycle --json\n"
-        "  cyclebnn bench convergence --sets shapes digits --out runs.jsonl",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    convergence.set_defaults(run_bench=_bench_convergence)
-    convergence.add_argument("--ranks", type=int, default=2, help="processes to start (default: 2)")
-    convergence.add_argument("--seeds", type=int, default=20, help="how many, from 0 on (default: 20)")
-    convergence.add_argument(
-        "--sets",
-        nargs="+",
-        metavar="NAME",
-        default=["shapes"],
-        help="images: shapes, drawn here (default), digits, from scikit-learn, or both",
-    )
-    convergence.add_argument(
-        "--variants", nargs="+", metavar="NAME", help="which ones (default: all); fp32 always runs"
-    )
-    convergence.add_argument("--steps", type=int, default=400, help="optimizer steps of a run (default: 400)")
-    convergence.add_argument(
-        "--seconds", type=float, default=3600.0, help="begin no run that would end later (default: 3600)"
-    )
-    convergence.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.jsonl",
-        help="keep finished runs here; the same line then goes on from them",
-    )
-    convergence.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
-    convergence.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_data_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    sample = commands.add_parser(
-        "sample",
-        help="generate the sample data set",
-        description="Generate a seeded set of JPEG files in the ImageNet folder layout: "
-        "10 classes of textured shapes in clutter. A complete set is left as it is.",
-        epilog="examples:\n  cyclebnn data sample sample_data\n  cyclebnn data sample /tmp/tiny --train 200 --val 50",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    sample.set_defaults(run_data=_data_sample)
-    sample.add_argument("path", type=Path, help="folder to make")
-    sample.add_argument("--train", type=int, default=None, help="number of training images")
-    sample.add_argument("--val", type=int, default=None, help="number of validation images")
-    sample.add_argument("--size", type=int, default=None, help="side of an image in pixels")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the images")
-
-    pack = commands.add_parser(
-        "pack",
-        help="turn class folders into WebDataset shards",
-        description="Pack SRC/<split>/<class>/* into shuffled tar shards DST/<split>/*.tar, byte for byte, with an index "
-        "beside each. Complete shards are left as they are; an interrupted packing leaves none and can be run again.",
-        epilog="examples:\n  cyclebnn data pack /data/imagenet /data/imagenet_shards\n"
-        "  cyclebnn data pack sample_data sample_shards --shard-size 500 --split train\n"
-        "  cyclebnn data pack /data/imagenet /data/imagenet_shards --shard-size 256MB",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pack.set_defaults(run_data=_data_pack)
-    pack.add_argument("source", metavar="SRC", type=Path, help="folder with class folders")
-    pack.add_argument("target", metavar="DST", type=Path, help="folder to make")
-    pack.add_argument(
-        "--shard-size", default="1000", help="images of a shard, or bytes as 256MB (default: 1000 images)"
-    )
-    pack.add_argument(
-        "--split", nargs="+", default=[], metavar="SPLIT", help="which ones (default: train and val)"
-    )
-    pack.add_argument("--seed", type=int, default=0, help="seed of the shuffle before packing (default: 0)")
-    check = commands.add_parser(
-        "check",
-        help="find every file and folder that training would stumble over",
-        description="Decode every image of train/ and val/ with DALI, as training will, and list files that cannot be "
-        "read, empty classes, classes that train and val do not share, files and folders that are not read, and "
-        "broken links. Exit status: 0 nothing found, 1 problems found, 2 refused.",
-        epilog="examples:\n  cyclebnn data check /data/imagenet\n"
-        "  cyclebnn data check /data/imagenet --threads 16 --out bad.txt\n"
-        "  cyclebnn train recipes/imagenet_resnet18.yaml data.path=/data/imagenet data.skip_list=bad.txt",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    check.set_defaults(run_data=_data_check)
-    check.add_argument("path", type=Path, metavar="DIR", help="folder with train/<class>/* and val/<class>/*")
-    check.add_argument(
-        "--threads", type=int, default=0, help="images decoded at the same time (default: one per core)"
-    )
-    check.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the images that cannot be read as a data.skip_list"
-    )
-    check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -456,163 +275,11 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_layers(options: argparse.Namespace) -> int:
-    from cyclebnn_dist.bench.layers import bench_layers, render
-
-    result = bench_layers(
-        methods=options.methods,
-        model=options.model,
-        batch=options.batch,
-        image_size=options.image_size,
-        seconds=options.seconds,
-        device=options.device,
-    )
-    print(json.dumps(result) if options.json else render(result))
-    return 0
-
-
-def _bench_data(options: argparse.Namespace) -> int:
-    from cyclebnn_dist.bench.data import bench_data
-    from cyclebnn_dist.bench.data_text import render_data
-
-    try:
-        result = bench_data(
-            path=options.data,
-            threads=options.threads,
-            image_size=options.image_size,
-            batch=options.batch,
-            model=options.model,
-            seconds=options.seconds,
-        )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(json.dumps(result) if options.json else render_data(result))
-    return 0
-
-
-def _bench_comm(options: argparse.Namespace) -> int:
-    from cyclebnn_dist.bench.comm import bench_comm
-    from cyclebnn_dist.bench.comm_plot import check_plot, plot_comm
-    from cyclebnn_dist.bench.comm_text import render_comm
-
-    if options.plot:
-        check_plot(options.plot)
-    try:
-        result = bench_comm(
-            ranks=options.ranks,
-            rate=options.rate,
-            unshaped=options.unshaped,
-            variants=options.variants,
-            numel=options.numel,
-            bucket_mb=options.bucket_mb,
-            launches=options.launches,
-            seconds=options.seconds,
-        )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    if result is not None:
-        print(json.dumps(result) if options.json else render_comm(result))
-        if options.plot:
-            plot_comm(result, options.plot)
-    return 0
-
-
-def _bench_convergence(options: argparse.Namespace) -> int:
-    from cyclebnn_dist.bench.comm_plot import check_plot
-    from cyclebnn_dist.bench.convergence import bench_convergence
-    from cyclebnn_dist.bench.convergence_plot import plot_convergence
-    from cyclebnn_dist.bench.convergence_text import render_convergence
-
-    if options.plot:
-        check_plot(options.plot)
-    try:
-        result = bench_convergence(
-            ranks=options.ranks,
-            seeds=options.seeds,
-            sets=options.sets,
-            variants=options.variants,
-            steps=options.steps,
-            seconds=options.seconds,
-            out=options.out,
-        )
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(json.dumps(result) if options.json else render_convergence(result))
-    if options.plot:
-        plot_convergence(result, options.plot)
-    return 128 + signal.SIGINT if result["stopped"] == "interrupt" else 0
-
-
 def _config(options: argparse.Namespace) -> int:
     from cyclebnn_dist.config.reference import render_reference
 
     print(render_reference("markdown" if options.markdown else "text"), end="")
     return 0
-
-
-def _data_sample(options: argparse.Namespace) -> int:
-    from cyclebnn_dist.data.sample import generate_sample
-
-    given = {"num_train": options.train, "num_val": options.val, "image_size": options.size}
-    generate_sample(
-        options.path, seed=options.seed, **{name: value for name, value in given.items() if value is not None}
-    )
-    return 0
-
-
-def _data_pack(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from cyclebnn_dist.data.pack import pack_folder, parse_shard_size
-
-    size = parse_shard_size(options.shard_size)
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    ) as bar:
-        task = bar.add_task("images", total=None)
-        written = pack_folder(
-            options.source,
-            options.target,
-            shard_size=size,
-            splits=options.split,
-            seed=options.seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    print(f"{'wrote' if written else 'complete already:'} {options.target}")
-    return 0
-
-
-def _data_check(options: argparse.Namespace) -> int:
-    if options.threads < 0:
-        raise RecipeError("--threads", f"{options.threads} is out of range", "it must be 0 or more")
-    if options.out and not options.out.absolute().parent.is_dir():
-        raise RecipeError("--out", f"folder {options.out.absolute().parent} does not exist")
-    from cyclebnn_dist.data.check import check_folder, render
-    from cyclebnn_dist.data.check_progress import check_progress
-    from cyclebnn_dist.data.skip import write_skip_list
-
-    try:
-        with check_progress() as progress:
-            report = check_folder(options.path, threads=options.threads, progress=progress)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(json.dumps(report.to_dict()) if options.json else render(report))
-    if options.out:
-        bad = report.skippable()
-        write_skip_list(
-            options.out, bad, heading=[f"{len(bad)} images of {options.path} that cannot be read"]
-        )
-        if bad and not options.json:
-            print(f"\nto train without these images: data.skip_list={options.out}")
-    return 1 if report.problems else 0
 
 
 if __name__ == "__main__":

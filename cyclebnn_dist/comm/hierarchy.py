@@ -21,10 +21,11 @@ import torch.distributed as dist
 from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.levels import MAX_CODE_BITS
-from cyclebnn_dist.comm.plan import Share, concatenate_shares, parameter_starts, share_of_owner
+from cyclebnn_dist.comm.plan import concatenate_shares, parameter_starts, share_of_owner
 from cyclebnn_dist.comm.randomness import step_words
-from cyclebnn_dist.comm.reducer import Reducer, as_tensor
+from cyclebnn_dist.comm.reducer import Chunk, Reducer, as_tensor
 from cyclebnn_dist.comm.scratch import Scratch
+from cyclebnn_dist.comm.shares import Share, decode_share, encode_share, mean_of_shares
 from cyclebnn_dist.comm.transport import Transfer
 
 
@@ -166,22 +167,16 @@ class HierarchicalReducer(Reducer):
         self._nodes = nodes
         self._hierarchical_plans: dict[tuple[tuple[int, ...], int], HierarchicalPlan] = {}
 
-    def _exchange(
-        self,
-        flat: torch.Tensor,
-        indices: tuple[int, ...],
-        *,
-        step: int,
-        bits: int,
-        loss_scale: float,
-        tag: int,
-        scratch: Scratch,
-    ) -> None:
+    def _exchange(self, chunk: Chunk, scratch: Scratch) -> None:
         """Collective: every rank calls this. All phases, for one chunk."""
-        plan, nodes, layout = self._hierarchical_plan(indices, bits), self._nodes, self.layout
+        flat, bits = chunk.flat, chunk.bits
+        plan, nodes, layout = self._hierarchical_plan(chunk.parameters, bits), self._nodes, self.layout
         size, num_nodes = layout.ranks_per_node, layout.world_size // layout.ranks_per_node
-        words, timing, codec = step_words(self._seed, step), self.counters.timing, self.codec
-        headers = [self._header(bits=bits, bucket=plan.digest, step=step, phase=phase) for phase in range(3)]
+        words, timing, codec = step_words(self._seed, chunk.step), self.counters.timing, self.codec
+        headers = [
+            self._header(bits=bits, bucket=plan.digest, step=chunk.step, phase=phase) for phase in range(3)
+        ]
+        near, far, mean = ((plan.small_bits, wide) for wide in (plan.near_bits, bits, plan.mean_bits))
 
         near_size, far_size = plan.near_sizes[nodes.place], plan.far_sizes[nodes.index]
         with timing("wire"):
@@ -189,20 +184,18 @@ class HierarchicalReducer(Reducer):
             far_incoming = scratch.get("far incoming", num_nodes * far_size, torch.uint8)
             from_nodes = scratch.get("from nodes", num_nodes * plan.padded_size, torch.uint8)
             gathered = scratch.get("gathered", size * len(from_nodes), torch.uint8)
-            within = Transfer(near_incoming, rank=nodes.place, group=nodes.near, tag=tag)
-            between = Transfer(far_incoming, rank=nodes.index, group=nodes.far, tag=tag)
-            means = Transfer(from_nodes, rank=nodes.index, group=nodes.far, tag=tag + 1)
-            passed_on = Transfer(gathered, rank=nodes.place, group=nodes.near, tag=tag + 1)
+            within = Transfer(near_incoming, rank=nodes.place, group=nodes.near, tag=chunk.tag)
+            between = Transfer(far_incoming, rank=nodes.index, group=nodes.far, tag=chunk.tag)
+            means = Transfer(from_nodes, rank=nodes.index, group=nodes.far, tag=chunk.tag + 1)
+            passed_on = Transfer(gathered, rank=nodes.place, group=nodes.near, tag=chunk.tag + 1)
         with timing("encode"):
             gradient = flat
             if flat.dtype != torch.float32:
                 gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
             outgoing = scratch.get("outgoing", sum(plan.near_sizes), torch.uint8)
-            for pieces, width in (
-                (plan.near_out.small, plan.small_bits),
-                (plan.near_out.wide, plan.near_bits),
-            ):
-                codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
+            encode_share(
+                codec, (gradient, gradient), plan.near_out, outgoing, widths=near, words=words, phase=1
+            )
             for start in plan.near_starts:
                 outgoing[start : start + HEADER_BYTES] = as_tensor(headers[0], flat.device)
         with timing("wire"):
@@ -215,18 +208,13 @@ class HierarchicalReducer(Reducer):
         for start in plan.near_starts[nodes.place * num_nodes : (nodes.place + 1) * num_nodes]:
             self._receive(headers[0], messages[:, start - first :], ranks=near_ranks)
         with timing("decode"):
-            small = self._mean(
-                messages, plan.near_own.small, bits=plan.small_bits, to=scratch, name="near small"
+            small, wide = mean_of_shares(
+                codec, messages, plan.near_own, widths=near, scratch=scratch, name="near "
             )
-            wide = self._mean(messages, plan.near_own.wide, bits=plan.near_bits, to=scratch, name="near wide")
 
         with timing("encode"):
             far_outgoing = scratch.get("far outgoing", sum(plan.far_sizes), torch.uint8)
-            for rows, pieces, width in (
-                (small, plan.far_out.small, plan.small_bits),
-                (wide, plan.far_out.wide, bits),
-            ):
-                codec.encode_pieces(rows.view(-1), pieces, far_outgoing, bits=width, words=words, phase=1)
+            encode_share(codec, (small, wide), plan.far_out, far_outgoing, widths=far, words=words, phase=1)
             for start in plan.far_starts:
                 far_outgoing[start : start + HEADER_BYTES] = as_tensor(headers[1], flat.device)
         with timing("wire"):
@@ -236,18 +224,20 @@ class HierarchicalReducer(Reducer):
         messages = far_incoming.view(num_nodes, far_size)
         self._receive(headers[1], messages, ranks=range(nodes.place, layout.world_size, size))
         with timing("decode"):
-            small = self._mean(messages, plan.far_own.small, bits=plan.small_bits, to=scratch, name="small")
-            wide = self._mean(messages, plan.far_own.wide, bits=bits, to=scratch, name="wide")
+            small, wide = mean_of_shares(codec, messages, plan.far_own, widths=far, scratch=scratch)
 
         with timing("encode"):
             answer = scratch.get("answer", plan.padded_size, torch.uint8)
-            for rows, pieces, width in (
-                (small, plan.answer.small, plan.small_bits),
-                (wide, plan.answer.wide, plan.mean_bits),
-            ):
-                codec.encode_pieces(
-                    rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
-                )
+            encode_share(
+                codec,
+                (small, wide),
+                plan.answer,
+                answer,
+                widths=mean,
+                words=words,
+                phase=2,
+                rotated=True,
+            )
             answer[:HEADER_BYTES] = as_tensor(headers[2], flat.device)
         with timing("wire"):
             means.send_all(answer)
@@ -259,11 +249,7 @@ class HierarchicalReducer(Reducer):
             passed_on.wait()
         self._receive(headers[2], gathered.view(-1, plan.padded_size), ranks=plan.owners)
         with timing("decode"):
-            for pieces, width in (
-                (plan.gathered.small, plan.small_bits),
-                (plan.gathered.wide, plan.mean_bits),
-            ):
-                codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
+            decode_share(codec, gathered, plan.gathered, gradient, widths=mean, words=words)
             if gradient is not flat:
                 flat.copy_(gradient)
         transfers = (within, between, means, passed_on)

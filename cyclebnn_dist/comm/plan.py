@@ -18,27 +18,10 @@ import torch
 from cyclebnn_dist.comm.header import HEADER_BYTES
 from cyclebnn_dist.comm.layout import Layout, ParameterLayout
 from cyclebnn_dist.comm.pieces import Pieces, piece_bytes
+from cyclebnn_dist.comm.shares import Share
 
 CHUNK_NUMEL = 2**21
 """Elements of a chunk, at least: on a CPU one is encoded while others travel."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """The pieces of some messages: ``small`` ones at ``small_bits``, ``wide`` ones at ``bits``."""
-
-    small: Pieces
-    wide: Pieces
-
-    def to(self, device: torch.device) -> Share:
-        """The same pieces with their tables on ``device``."""
-        return Share(self.small.to(device), self.wide.to(device))
-
-    def as_rows(self, block_size: int, *, rotated: bool) -> Share:
-        """The same pieces with elements in rows of a block each, those of wide ones perhaps ``rotated``."""
-        return Share(
-            self.small.as_rows(block_size, whole=False), self.wide.as_rows(block_size, whole=rotated)
-        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +60,11 @@ class Plan:
     gathered: Share
     owned: tuple[OwnedRows, ...]
     digest: int
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Bits of small and of wide pieces."""
+        return self.small_bits, self.bits
 
     @property
     def padded_size(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -25,15 +26,33 @@ from cyclebnn_dist.comm.executor import build_executor
 from cyclebnn_dist.comm.header import HEADER_BYTES, MAGIC, Header, MismatchError, describe_difference
 from cyclebnn_dist.comm.layout import Layout
 from cyclebnn_dist.comm.levels import MAX_CODE_BITS
-from cyclebnn_dist.comm.pieces import Pieces
 from cyclebnn_dist.comm.plan import CHUNK_NUMEL, Plan, build_plan, cut_in_chunks
 from cyclebnn_dist.comm.randomness import step_words
 from cyclebnn_dist.comm.reshard import ReadResiduals
 from cyclebnn_dist.comm.residuals import ErrorFeedback, Feedback, NoFeedback
 from cyclebnn_dist.comm.scratch import Scratch
+from cyclebnn_dist.comm.shares import decode_share, encode_share, mean_of_shares
 from cyclebnn_dist.comm.transport import Transfer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Gradients that travel together.
+
+    Attributes:
+        flat: gradients of ``parameters`` (indices in model order), one after the other.
+        step, bits, loss_scale: as they were when the gradients were handed over.
+        tag: this number and the next one are of this chunk's exchange alone.
+    """
+
+    flat: torch.Tensor
+    parameters: tuple[int, ...]
+    step: int
+    bits: int
+    loss_scale: float
+    tag: int
 
 
 class Reducer:
@@ -74,7 +93,7 @@ class Reducer:
         self._index = {parameter.name: parameter.index for parameter in layout.parameters}
         self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
         self._idle_scratch: list[Scratch] = []
-        self._exchanges = 0
+        self._num_chunks = 0
         self._unverified: list[tuple[Header, torch.Tensor, Sequence[int]]] = []
         self._step, self._bits, self._loss_scale = -1, 32, 1.0
         self._last_submit = 0.0
@@ -166,59 +185,41 @@ class Reducer:
         Returns:
             a future of ``flat``. On a CPU the exchange runs in a thread of its own and several may be under way.
         """
-        step, bits, loss_scale = self._step, self._bits, self._loss_scale
         indices = tuple(parameters)
+        sizes = [self.layout.parameters[index].numel for index in indices]
         assert flat.is_contiguous()
-        assert flat.numel() == sum(self.layout.parameters[index].numel for index in indices)
+        assert flat.numel() == sum(sizes)
 
-        chunks = [range(len(indices))]
+        places = [range(len(indices))]
         if self._device.type == "cpu":
-            chunks = cut_in_chunks([self.layout.parameters[index].numel for index in indices], CHUNK_NUMEL)
-        parts = flat.split([sum(self.layout.parameters[indices[i]].numel for i in chunk) for chunk in chunks])
-        exchanges = [
-            partial(
-                self._explained,
+            places = cut_in_chunks(sizes, CHUNK_NUMEL)
+        parts = flat.split([sum(sizes[place.start : place.stop]) for place in places])
+        chunks = [
+            Chunk(
                 part,
-                indices[chunk.start : chunk.stop],
-                step=step,
-                bits=bits,
-                loss_scale=loss_scale,
-                number=self._exchanges + place,
+                indices[place.start : place.stop],
+                step=self._step,
+                bits=self._bits,
+                loss_scale=self._loss_scale,
+                tag=2 * number,
             )
-            for place, (part, chunk) in enumerate(zip(parts, chunks, strict=True))
+            for number, (part, place) in enumerate(zip(parts, places, strict=True), start=self._num_chunks)
         ]
-        self._exchanges += len(exchanges)
+        self._num_chunks += len(chunks)
         self._last_submit = perf_counter()
-        return self._executor.submit(exchanges, flat)
+        return self._executor.submit([partial(self._explained, chunk) for chunk in chunks], flat)
 
-    def _explained(
-        self,
-        flat: torch.Tensor,
-        indices: tuple[int, ...],
-        *,
-        step: int,
-        bits: int,
-        loss_scale: float,
-        number: int,
-    ) -> None:
+    def _explained(self, chunk: Chunk) -> None:
         """Collective: every rank calls this. ``_exchange`` in scratch memory of its own, with errors that say where."""
         scratch = self._idle_scratch.pop() if self._idle_scratch else Scratch(self._device)
         try:
-            self._exchange(
-                flat,
-                indices,
-                step=step,
-                bits=bits,
-                loss_scale=loss_scale,
-                tag=2 * number,
-                scratch=scratch,
-            )
+            self._exchange(chunk, scratch)
         except MismatchError:
             raise
         except Exception as error:
             raise RuntimeError(
-                f"rank {self._rank} of {self.layout.world_size}: averaging gradients at step {step} ({bits} bits) "
-                f"failed: {error}. If a peer has ended, its own log says why."
+                f"rank {self._rank} of {self.layout.world_size}: averaging gradients at step {chunk.step} "
+                f"({chunk.bits} bits) failed: {error}. If a peer has ended, its own log says why."
             ) from error
         self._idle_scratch.append(scratch)
 
@@ -263,51 +264,44 @@ class Reducer:
         self._feedback.reshard(old_size, read)
 
     def close(self) -> None:
-        """Wait for exchanges under way, then end the communication thread and leave the group."""
+        """Wait for exchanges under way, then end the communication threads and leave the group."""
         self._executor.close()
         if self._group is not None and self._executor.error is None:
             dist.destroy_process_group(self._group)
         self._group = None
 
-    def _exchange(
-        self,
-        flat: torch.Tensor,
-        indices: tuple[int, ...],
-        *,
-        step: int,
-        bits: int,
-        loss_scale: float,
-        tag: int,
-        scratch: Scratch,
-    ) -> None:
-        """Collective: every rank calls this. Both phases, for one chunk.
-
-        Args:
-            tag: this number and the next one are of this exchange alone.
-        """
+    def _exchange(self, chunk: Chunk, scratch: Scratch) -> None:
+        """Collective: every rank calls this. Both phases, for one chunk."""
         group = self._group
         assert group is not None
-        plan = self._plan(indices, bits)
-        answers = self._plan(indices, self.layout.mean_width(bits))
+        flat, loss_scale = chunk.flat, chunk.loss_scale
+        plan = self._plan(chunk.parameters, chunk.bits)
+        answers = self._plan(chunk.parameters, self.layout.mean_width(chunk.bits))
         world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
-        words = step_words(self._seed, step)
-        feedback, timing = self._feedback, self.counters.timing
+        words = step_words(self._seed, chunk.step)
+        codec, feedback, timing = self.codec, self._feedback, self.counters.timing
 
         with timing("wire"):
             incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
             gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
-            gradients = Transfer(incoming, rank=self._rank, group=group, tag=tag)
-            means = Transfer(gathered, rank=self._rank, group=group, tag=tag + 1)
+            gradients = Transfer(incoming, rank=self._rank, group=group, tag=chunk.tag)
+            means = Transfer(gathered, rank=self._rank, group=group, tag=chunk.tag + 1)
         with timing("encode"):
             gradient = flat
             if flat.dtype != torch.float32:
                 gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
             feedback.add_to_gradients(gradient, plan, loss_scale=loss_scale)
             outgoing = scratch.get("outgoing", sum(plan.sizes), torch.uint8)
-            shares = ((plan.outgoing.small, plan.small_bits), (plan.outgoing.wide, plan.bits))
-            for pieces, width in shares:
-                self.codec.encode_pieces(gradient, pieces, outgoing, bits=width, words=words, phase=1)
-            header = self._header(bits=plan.bits, bucket=plan.digest, step=step, phase=1)
+            encode_share(
+                codec,
+                (gradient, gradient),
+                plan.outgoing,
+                outgoing,
+                widths=plan.widths,
+                words=words,
+                phase=1,
+            )
+            header = self._header(bits=plan.bits, bucket=plan.digest, step=chunk.step, phase=1)
             header_bytes = as_tensor(header, flat.device)
             for message in outgoing.split(list(plan.sizes)):
                 message[:HEADER_BYTES] = header_bytes
@@ -321,20 +315,22 @@ class Reducer:
         self._receive(header, messages)
 
         with timing("decode"):
-            small = self._mean(messages, plan.own.small, bits=plan.small_bits, to=scratch, name="small")
-            wide = self._mean(messages, plan.own.wide, bits=plan.bits, to=scratch, name="wide")
+            small, wide = mean_of_shares(codec, messages, plan.own, widths=plan.widths, scratch=scratch)
 
         with timing("encode"):
             feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
             answer = scratch.get("answer", answers.padded_size, torch.uint8)
-            for rows, pieces, width in (
-                (small, answers.own_rows.small, answers.small_bits),
-                (wide, answers.own_rows.wide, answers.bits),
-            ):
-                self.codec.encode_pieces(
-                    rows.view(-1), pieces, answer, bits=width, words=words, phase=2, rotated=True
-                )
-            header = self._header(bits=answers.bits, bucket=plan.digest, step=step, phase=2)
+            encode_share(
+                codec,
+                (small, wide),
+                answers.own_rows,
+                answer,
+                widths=answers.widths,
+                words=words,
+                phase=2,
+                rotated=True,
+            )
+            header = self._header(bits=answers.bits, bucket=plan.digest, step=chunk.step, phase=2)
             answer[:HEADER_BYTES] = as_tensor(header, flat.device)
             feedback.keep_mean_errors(wide, answer, answers, words=words, loss_scale=loss_scale)
 
@@ -345,11 +341,7 @@ class Reducer:
         self._receive(header, gathered.view(world_size, answers.padded_size))
 
         with timing("decode"):
-            for pieces, width in (
-                (answers.gathered.small, answers.small_bits),
-                (answers.gathered.wide, answers.bits),
-            ):
-                self.codec.decode_pieces(gathered, pieces, gradient, bits=width, words=words)
+            decode_share(codec, gathered, answers.gathered, gradient, widths=answers.widths, words=words)
             if gradient is not flat:
                 flat.copy_(gradient)
             feedback.see_result(flat)
@@ -379,16 +371,6 @@ class Reducer:
                 rotated=self.codec.name == "hadamard" and bits <= MAX_CODE_BITS,
             )
         return self._plans[indices, bits]
-
-    def _mean(
-        self, messages: torch.Tensor, pieces: Pieces, *, bits: int, to: Scratch, name: str
-    ) -> torch.Tensor:
-        """Mean over messages of this rank's pieces: fp32 ``[n, block_size]`` in the domain of the codes."""
-        size = self.layout.block_size
-        rows = to.get(name, len(pieces) * size, torch.float32).zero_().view(-1, size)
-        for message in messages:
-            self.codec.add_pieces(message, pieces, rows, bits=bits)
-        return rows.div_(len(messages))
 
     def _header(self, *, bits: int, bucket: int, step: int, phase: int) -> Header:
         return Header(
