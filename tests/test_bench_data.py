@@ -186,7 +186,9 @@ def test_an_interrupt_ends_it_and_its_workers(tiny_data):
         end = time.monotonic() + 60
         while not children(process.pid) and time.monotonic() < end:
             time.sleep(0.2)
-        time.sleep(1.0)  # torch's loader complains by itself where it is interrupted while it starts its workers
+        time.sleep(
+            1.0
+        )  # torch's loader complains by itself where it is interrupted while it starts its workers
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
