@@ -105,7 +105,8 @@ def test_validation_sees_the_pixels_that_timm_would_show(tmp_path, interpolation
     folder.mkdir(parents=True)
     shapes = [(40, 61), (61, 40), (77, 50), (50, 75), (20, 31), (333, 500), (100, 501), (64, 64), (53, 40)]
     for index, shape in enumerate(shapes):
-        Image.fromarray(smooth_image(*shape)).save(folder / f"{index}.png")
+        pixels = np.random.default_rng(index).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
     images = scan_folder(tmp_path, "val", num_classes=1)
     for size, crop_pct in ((32, 0.875), (32, 1.0), (25, 0.9), (31, 0.95)):
         config = dataclasses.replace(CONFIG, image_size=size, crop_pct=crop_pct, interpolation=interpolation)
@@ -117,10 +118,9 @@ def test_validation_sees_the_pixels_that_timm_would_show(tmp_path, interpolation
         )
         for index, shape in enumerate(shapes):
             expected = transform(Image.open(images.path(index)))
-            # Filters and their rounding to 8 bits differ a little; one pixel beside would be 5 levels on average.
+            # Noise shows every shift, and every filter that is not the same; coefficients are rounded differently.
             levels = (batch.images[index] - expected).abs() * 255
-            assert levels.mean() < 0.5, (shape, size, crop_pct)
-            assert levels.max() < 4, (shape, size, crop_pct)
+            assert levels.max() < 1.01, (shape, size, crop_pct)
 
 
 def test_orientation_in_exif_is_left_alone_as_timm_does(tmp_path):

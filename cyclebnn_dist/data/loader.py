@@ -157,7 +157,7 @@ class TrainLoader:
 
         Exact for any number of ranks if the images per optimizer step are the same. With another data set,
         seed or global batch the rest of the epoch reads its permutation from the start; with other data
-        settings or another version of DALI the ids are the same and pixels may differ. Either is warned of
+        settings or another version of DALI or torch the ids are the same and pixels may differ. Either is warned of
         once.
         """
         epoch, step, place = int(state["epoch"]), int(state["step"]), int(state["place"])
@@ -189,7 +189,7 @@ class TrainLoader:
         self._restarted = (epoch, step - place // self._global)
         if state["pipeline"] != self._fingerprint():
             self._warn(
-                "data settings or DALI's version changed: the same images follow, but pixels may differ"
+                "data settings, or DALI's or torch's version, changed: the same images follow, but pixels may differ"
             )
 
     def close(self) -> None:
@@ -230,7 +230,8 @@ class TrainLoader:
 
     def _fingerprint(self) -> str:
         settings = [value for name, value in vars(self._config).items() if name not in _NO_PART_OF_PIXELS]
-        text = repr((settings, nvidia.dali.__version__, self._device.type))
+        versions = (nvidia.dali.__version__, torch.__version__)
+        text = repr((settings, versions, self._device.type))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _warn(self, message: str) -> None:

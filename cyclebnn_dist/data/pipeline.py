@@ -19,6 +19,7 @@ from nvidia.dali import math, pipeline_def
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import augment, jitter
 from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
+from cyclebnn_dist.data.resizing import resized
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +95,6 @@ def training_feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarr
     }
 
 
-def _interpolation(config: DataConfig) -> Any:
-    return {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[config.interpolation]
-
-
 def _normalise(images: Any, config: DataConfig, layout: str, **kwargs: Any) -> Any:
     return fn.crop_mirror_normalize(
         images,
@@ -145,18 +142,18 @@ def _crop_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
 
 
 def _evaluation_window(encoded: Any, config: DataConfig) -> tuple[Any, Any]:
-    """Size of the resized image (y, x; float32 [2]) and place of the crop in it (y, x; float32 [2], 0 to 1).
+    """Size of the resized image (y, x; int32 [2]) and place of the crop in it (y, x; float32 [2], 0 to 1).
 
     Rounded as torchvision's Resize and CenterCrop round, on which timm builds: the shorter side becomes
     floor(S / crop_pct), the longer one is cut to an integer, and half a pixel goes to the even side.
     """
     size = fn.peek_image_shape(encoded, dtype=types.INT32, adjust_orientation=False)[:2]
     shorter = math.min(size[0], size[1])
-    resized = size * int(config.image_size / config.crop_pct) // shorter
-    free = resized - config.image_size
+    resized_size = size * int(config.image_size / config.crop_pct) // shorter
+    free = resized_size - config.image_size
     half = free // 2
     start = half + (free - 2 * half) * (half - 2 * (half // 2))
-    return fn.cast(resized, dtype=types.FLOAT), start / math.max(free, 1)
+    return resized_size, start / math.max(free, 1)
 
 
 @pipeline_def(enable_conditionals=True)
@@ -171,7 +168,7 @@ def _training_pipeline(config: DataConfig, layout: str, decode: str, kind: str) 
         images = fn.decoders.image_slice(
             encoded, device=decode, start=start, shape=shape, axis_names="HW", adjust_orientation=False
         )
-        images = fn.resize(images, size=[side, side], interp_type=_interpolation(config), antialias=True)
+        images = resized(images, (side, side), config, decode=decode)
     images = jitter.jittered(augment.augmented(images, config), config)
     mirror = fn.external_source(name="mirror", ndim=0, dtype=types.INT32)
     return _normalise(images, config, layout, mirror=mirror), ids
@@ -185,7 +182,7 @@ def _evaluation_pipeline(config: DataConfig, layout: str, decode: str, kind: str
     encoded, ids = _encoded(kind)
     images = fn.decoders.image(encoded, device=decode, adjust_orientation=False)
     size, place = _evaluation_window(encoded, config)
-    images = fn.resize(images, size=size, interp_type=_interpolation(config), antialias=True)
+    images = resized(images, size, config, decode=decode)
     side = config.image_size
     return _normalise(
         images, config, layout, crop=(side, side), crop_pos_y=place[0], crop_pos_x=place[1]
