@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 
@@ -109,30 +108,6 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(start):
     logs = "".join(path.read_text() for path in (run.run_dir / "submitit").rglob("*0_log.*"))
     assert "nothing was finished for 4 s (run.progress_timeout_seconds) since step " in logs
     assert "cyclebnn_dist/loop.py" in logs, "where it stood"
-
-
-@pytest.mark.long
-def test_killed_at_random_moments_again_and_again_equals_the_undisturbed_run(start):
-    """Kills fall into start-up, steps, evaluation and the writing of checkpoints alike."""
-    length = ("train.epochs=50", "eval.every_epochs=2")
-    undisturbed = start("undisturbed", ranks=2, overrides=length)
-    assert undisturbed.wait(seconds=300)[0] == 0
-    chance = random.Random(20261120)
-    kills = 0
-    while kills < 30:
-        life = start("killed", ranks=2, overrides=length)
-        assert wait_until(lambda life=life: life.ended or len(life.rank_pids()) == 2, seconds=60)
-        if wait_until(lambda life=life: life.ended, seconds=chance.uniform(0.0, 8.0)):
-            break
-        victim = chance.choice([0, 1])
-        if victim in life.rank_pids():
-            life.kill_rank(victim)
-            kills += 1
-        life.wait(seconds=60)
-    status, output = start("killed", ranks=2, overrides=length).wait(seconds=300)
-    assert status == 0, output
-    assert kills >= 5
-    assert_same_final_state(undisturbed.run_dir, life.run_dir)
 
 
 @pytest.mark.long
