@@ -99,6 +99,39 @@ def test_decoding_names_the_bad_among_good_ones_again_and_again():
     assert [problem_of_image(content, one) for content in good] == [None] * len(good)
 
 
+DECODES = """
+import sys
+import numpy as np, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.config.recipe import DataConfig
+from cyclebnn_dist.data import EvalLoader, scan_folder
+from cyclebnn_dist.data.check import check_folder
+
+images = scan_folder({folder!r}, "train", num_classes=1)
+for _ in range(5):
+    loader = EvalLoader(images, DataConfig(), batch_size=40, rank=0, world_size=1, device=torch.device("cpu"))
+    try:
+        list(loader)
+    except RecipeError as error:
+        print(error.problem)
+for _ in range(5):
+    print([problem.path for problem in check_folder({folder!r}, threads=1).problems])
+"""
+
+
+def test_a_file_that_is_no_image_does_not_take_the_process_with_it(tmp_path):
+    """DALI's decoder died of it (SIGSEGV), with full batches of larger images about, and named nothing."""
+    files = {f"{index:02d}.jpg": encoded(size=(500, 375)) for index in range(40)}
+    write_files(tmp_path / "train" / "x", files | {"01.jpg": b"bad"})
+    write_files(tmp_path / "val" / "x", {"a.jpg": encoded()})
+    script = DECODES.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = f"cannot read image {tmp_path}/train/x/01.jpg: not an image"
+    assert done.stdout.splitlines() == [told] * 5 + ["['train/x/01.jpg']"] * 5
+
+
 AS_NOBODY = """
 import os, sys
 sys.path.insert(0, {root!r})

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.data.decoding import Decoding, problem_of_file
+from cyclebnn_dist.data.decoding import MOST, Decoding, problem_of_file
 from cyclebnn_dist.data.folder import EXTENSIONS
 
 SPLITS = ("train", "val")
 UNREADABLE = "unreadable image"
 """The kind of problem that a skip list cures."""
-_CHUNK = 32
+_CHUNK = MOST
 _LINES = 20
 
 
