@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import EvalLoader, TrainLoader, open_source, scan_folder
 from cyclebnn_dist.data.check import UNREADABLE, check_folder
 from cyclebnn_dist.data.decoding import Decoding, problem_of_file, problem_of_image
+from cyclebnn_dist.data.pack import pack_folder
 from cyclebnn_dist.data.skip import read_skip_list, without, write_skip_list
 
 CPU = torch.device("cpu")
@@ -136,6 +138,7 @@ AS_NOBODY = """
 import os, sys
 sys.path.insert(0, {root!r})
 from cyclebnn_dist.data.check import check_folder
+from cyclebnn_dist.data.pack import pack_folder
 from cyclebnn_dist.data.decoding import Decoding, problem_of_file
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(problem_of_file({file!r}, Decoding()))
@@ -182,6 +185,9 @@ def tree(tmp_path):
     write_files(root / "val" / "Dog", {"c.jpg": good})
     (root / "val" / "cat" / "link.jpg").symlink_to(root / "nowhere")
     (root / "val" / "cat" / "good_link.jpg").symlink_to(root / "val" / "cat" / "0.jpg")
+    (root / "val" / "cat" / "itself.jpg").symlink_to("itself.jpg")
+    (root / "train" / "itself").symlink_to("itself")
+    os.mkfifo(root / "val" / "cat" / "pipe.jpg")
     return root
 
 
@@ -196,7 +202,11 @@ PROBLEMS = {
     ("class in one split only", "val/Dog"),
     ("class names that differ by case only", "val/Dog"),
     ("broken link", "val/cat/link.jpg"),
+    ("broken link", "val/cat/itself.jpg"),
+    ("broken link", "train/itself"),
+    ("neither file nor folder", "val/cat/pipe.jpg"),
 }
+LEAD_NOWHERE = {"val/cat/link.jpg", "val/cat/itself.jpg", "val/cat/pipe.jpg"}
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -221,7 +231,7 @@ def test_the_command_tells_writes_a_skip_list_and_exits_with_1(tree, tmp_path, c
     report = json.loads(capsys.readouterr().out)
     assert {(problem["kind"], problem["path"]) for problem in report["problems"]} == PROBLEMS
     listed = read_skip_list(skip_list)
-    assert set(listed) == {path for kind, path in PROBLEMS if kind == UNREADABLE}
+    assert set(listed) == {path for kind, path in PROBLEMS if kind == UNREADABLE} | LEAD_NOWHERE
     assert main(["data", "check", str(tree)]) == 1
     told = capsys.readouterr().out
     assert all(path in told for _, path in PROBLEMS)
@@ -235,6 +245,23 @@ def test_the_command_tells_writes_a_skip_list_and_exits_with_1(tree, tmp_path, c
         images = open_source(config, split, num_classes=2)
         shown = sum(len(batch.ids) for batch in evaluation(images, batch_size=16))
         assert shown == len(images) == {"train": 41, "val": 43}[split]
+
+
+def test_a_link_to_nothing_is_refused_by_name_unless_it_is_skipped(tmp_path):
+    """It was left out and nobody told: with a mount missing, training would go on with half of its images."""
+    for split in ("train", "val"):
+        write_files(tmp_path / split / "x", {"a.jpg": encoded(), "b.jpg": encoded()})
+    for name, target in (("gone.jpg", "nowhere"), ("itself.jpg", "itself.jpg")):
+        (tmp_path / "train" / "x" / name).symlink_to(target)
+    config = DataConfig(path=str(tmp_path))
+    with pytest.raises(RecipeError, match=r"train/x/gone\.jpg is a link that leads to no file, and 1 more"):
+        open_source(config, "train", num_classes=1)
+    with pytest.raises(RecipeError, match=r"SRC: .*gone\.jpg"):
+        pack_folder(tmp_path, tmp_path / "shards")
+    assert len(open_source(config, "val", num_classes=1)) == 2
+    skip_list = tmp_path / "skip.txt"
+    skip_list.write_text("train/x/gone.jpg\ntrain/x/itself.jpg\n")
+    assert len(open_source(replace(config, skip_list=str(skip_list)), "train", num_classes=1)) == 2
 
 
 def test_the_command_exits_with_0_and_2(tmp_path, capsys):

@@ -16,11 +16,12 @@ import numpy as np
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data.decoding import MOST, Decoding, problem_of_file
-from cyclebnn_dist.data.folder import EXTENSIONS
+from cyclebnn_dist.data.folder import EXTENSIONS, is_file, is_folder
 
 SPLITS = ("train", "val")
 UNREADABLE = "unreadable image"
-"""The kind of problem that a skip list cures."""
+BROKEN_LINK = "broken link"
+NO_FILE = "neither file nor folder"
 _CHUNK = MOST
 _LINES = 20
 
@@ -56,8 +57,14 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
     def skippable(self) -> dict[str, str]:
-        """Files that cannot be decoded, each with the cause: what a skip list should name."""
-        return {problem.path: problem.cause for problem in self.problems if problem.kind == UNREADABLE}
+        """Images that cannot be read, each with the cause: what a skip list should name."""
+        return {
+            problem.path: problem.cause or problem.kind
+            for problem in self.problems
+            if problem.kind in (UNREADABLE, BROKEN_LINK, NO_FILE)
+            and problem.path.count("/") == 2
+            and problem.path.lower().endswith(EXTENSIONS)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -127,8 +134,8 @@ class _Split:
         self._root = root
         for entry in self._entries(split):
             path = f"{split}/{entry.name}"
-            if not entry.is_dir():
-                kind = "broken link" if _is_broken(entry) else "file outside class folders"
+            if not is_folder(entry):
+                kind = BROKEN_LINK if _is_broken(entry) else "file outside class folders"
                 self.problems.append(Problem(kind, path))
                 continue
             self.files[entry.name] = list(self._images(path))
@@ -139,9 +146,11 @@ class _Split:
         for entry in self._entries(folder):
             path = f"{folder}/{entry.name}"
             if _is_broken(entry):
-                self.problems.append(Problem("broken link", path, f"to {os.readlink(self._root / path)}"))
-            elif entry.is_dir():
+                self.problems.append(Problem(BROKEN_LINK, path, f"to {os.readlink(self._root / path)}"))
+            elif is_folder(entry):
                 self.problems.append(Problem("folder within a class", path, "its files are not read"))
+            elif not is_file(entry):
+                self.problems.append(Problem(NO_FILE, path))
             elif not entry.name.lower().endswith(EXTENSIONS):
                 self.problems.append(Problem("unknown extension", path, "the file is not read"))
             else:

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import numpy as np
 
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.data.folder import ImageList, scan_folder
+from cyclebnn_dist.data.folder import ImageList, is_folder, refuse_broken, scan_folder
 from cyclebnn_dist.data.order import epoch_permutation
 from cyclebnn_dist.data.shard_index import list_members, read_shard, split_member, write_index
 from cyclebnn_dist.data.shards import CLASS_NAMES
@@ -212,16 +212,18 @@ def _quoted(path: str) -> str:
 def _scan(source: Path, split: str) -> ImageList:
     try:
         classes = sum(
-            entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(source / split)
+            is_folder(entry) and not entry.name.startswith(".") for entry in os.scandir(source / split)
         )
     except OSError:
         classes = 0  # the scan names what is wrong
     try:
-        return scan_folder(source, split, num_classes=classes)
+        images = scan_folder(source, split, num_classes=classes)
+        refuse_broken(images)
     except RecipeError as error:
         raise RecipeError(
             "SRC" if error.key == "data.path" else error.key, error.problem, error.cure
         ) from None
+    return images
 
 
 def _finished(target: Path, description: dict[str, object]) -> bool:

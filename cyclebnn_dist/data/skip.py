@@ -68,7 +68,7 @@ def without(images: ImageList, names: Iterable[str], *, split: str) -> ImageList
     mine = {name.partition("/")[2] for name in named if name.startswith(f"{split}/")}
     keep = np.array([file not in mine for file in images.files], dtype=bool)
     skipped = int((~keep).sum())
-    unknown = sorted(mine.difference(images.files))
+    unknown = sorted(mine.difference(images.files, images.broken))
     if unknown:
         folder = os.path.dirname(images.root)
         if not any(os.path.lexists(os.path.join(folder, name)) for name in named):
@@ -91,4 +91,5 @@ def without(images: ImageList, names: Iterable[str], *, split: str) -> ImageList
         )
     log.info("%s: %d images left out by %s", images.root, skipped, _KEY)
     files = [file for file, kept in zip(images.files, keep, strict=True) if kept]
-    return replace(images, files=files, labels=images.labels[keep])
+    broken = tuple(name for name in images.broken if name not in mine)
+    return replace(images, files=files, labels=images.labels[keep], broken=broken)

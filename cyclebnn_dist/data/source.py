@@ -13,7 +13,7 @@ import numpy as np
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data.cifar import CIFAR_SETS, find_cifar, scan_cifar
-from cyclebnn_dist.data.folder import scan_folder
+from cyclebnn_dist.data.folder import is_folder, refuse_broken, scan_folder
 from cyclebnn_dist.data.shards import scan_shards, shard_names
 from cyclebnn_dist.data.skip import read_skip_list, without
 
@@ -115,7 +115,10 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
     if name == "webdataset":
         return scan_shards(config.path, split, num_classes=num_classes)
     images = scan_folder(config.path, split, num_classes=num_classes)
-    return without(images, read_skip_list(config.skip_list), split=split) if config.skip_list else images
+    if config.skip_list:
+        images = without(images, read_skip_list(config.skip_list), split=split)
+    refuse_broken(images)
+    return images
 
 
 def find_format(path: str | Path) -> str:
@@ -147,6 +150,6 @@ def find_format(path: str | Path) -> str:
 def _has_folders(root: Path) -> bool:
     try:
         with os.scandir(root) as entries:
-            return any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+            return any(is_folder(entry) and not entry.name.startswith(".") for entry in entries)
     except OSError:
         return False
