@@ -1,5 +1,6 @@
 """Bad files. Without these a job would end in its third day without saying which of a million files it stumbled over."""
 
+import io
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed import plain_members, write_tar
 from pictures import bad_files, encoded, expected_pixels, good_files, write_files
 
 from cyclebnn_dist.__main__ import main
@@ -19,8 +21,11 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import EvalLoader, TrainLoader, open_source, scan_folder
 from cyclebnn_dist.data.check import UNREADABLE, check_folder
+from cyclebnn_dist.data.check_packed import check_data
 from cyclebnn_dist.data.decoding import Decoding, problem_of_file, problem_of_image
+from cyclebnn_dist.data.order import windowed_permutation
 from cyclebnn_dist.data.pack import pack_folder
+from cyclebnn_dist.data.shards import scan_shards
 from cyclebnn_dist.data.skip import read_skip_list, without, write_skip_list
 
 CPU = torch.device("cpu")
@@ -138,7 +143,10 @@ AS_NOBODY = """
 import os, sys
 sys.path.insert(0, {root!r})
 from cyclebnn_dist.data.check import check_folder
+from cyclebnn_dist.data.check_packed import check_data
+from cyclebnn_dist.data.order import windowed_permutation
 from cyclebnn_dist.data.pack import pack_folder
+from cyclebnn_dist.data.shards import scan_shards
 from cyclebnn_dist.data.decoding import Decoding, problem_of_file
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 print(problem_of_file({file!r}, Decoding()))
@@ -310,7 +318,16 @@ def test_a_class_that_a_skip_list_empties_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["/data/train/a/1.jpg", "a/1.jpg", "train/1.jpg", "train/a/b/1.jpg", "./train/a/1.jpg"]
+    "line",
+    [
+        "/data/train/a/1.jpg",
+        "a/1.jpg",
+        "train/1.jpg",
+        "train/a/b/1.jpg",
+        "./train/a/1.jpg",
+        '"train/a/1.jpg',
+        "train/a.tar/",
+    ],
 )
 def test_lines_of_another_form_are_refused_with_their_number(tmp_path, line):
     path = tmp_path / "skip.txt"
@@ -322,10 +339,104 @@ def test_lines_of_another_form_are_refused_with_their_number(tmp_path, line):
 
 
 def test_a_written_skip_list_reads_back(tmp_path):
-    problems = {"train/a/one two#3.jpg": "two\nlines", "val/b/\udcff.jpg": "odd name"}
+    problems = {
+        "train/a/one two#3.jpg": "two\nlines",
+        "val/b/\udcff.jpg": "odd name",
+        "train/a/two\nlines\udcff.jpg": "odd name",
+        "train/a/\r.jpg\r": "odd name",
+        'val/"b"/"a".jpg': "quotation marks",
+        "train/000.tar/folder/b/c": "a key with slashes",
+    }
     write_skip_list(tmp_path / "skip.txt", problems, heading=["of a set"])
     assert read_skip_list(tmp_path / "skip.txt") == list(problems)
 
 
 def test_a_decoding_problem_of_a_folder_is_told(tmp_path):
     assert problem_of_file(tmp_path, Decoding()) == "Is a directory"
+
+
+def test_a_report_of_odd_names_can_be_printed(tmp_path, monkeypatch):
+    """A name that is no UTF-8 ended the command with a traceback, and one of two lines looked like two files."""
+    for split in ("train", "val"):
+        write_files(tmp_path / split / "x", {"a.jpg": encoded()})
+    for name in (b"\xff.jpg", "\u00fc two\nlines.jpg".encode()):
+        (tmp_path / "train" / "x" / os.fsdecode(name)).write_bytes(b"bad")
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", printed)
+    assert main(["data", "check", str(tmp_path)]) == 1
+    printed.seek(0)
+    told = printed.read()
+    assert "  train/x/\\xff.jpg  (not an image)\n" in told
+    assert "  train/x/\u00fc two\\nlines.jpg  (not an image)\n" in told
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards a split, one bad image in each split, one shard cut short, a class in train only."""
+    root = tmp_path / "shards"
+    bad = [("bad.jpg", b"bad"), ("bad.cls", b"1")]
+    for split in ("train", "val"):
+        write_tar(root / split / "0.tar", plain_members(6))
+        write_tar(root / split / "1.tar", [*plain_members(5, first=6), *bad])
+    write_tar(root / "train" / "2.tar", [("a/b.png", encoded(kind="PNG")), ("a/b.cls", b"2")])
+    whole = write_tar(root / "train" / "3.tar", plain_members(3)).read_bytes()
+    (root / "train" / "3.tar").write_bytes(whole[:3000])
+    return root
+
+
+def test_shards_are_checked_and_their_bad_images_skipped(shards, tmp_path, caplog):
+    """A bad image in shards of a terabyte meant to pack them again."""
+    report = check_data(shards)
+    assert [(problem.kind, problem.path) for problem in report.problems] == [
+        ("damaged shard", "train/3.tar"),
+        ("class in one split only", "train"),
+        (UNREADABLE, "train/1.tar/bad"),
+        (UNREADABLE, "val/1.tar/bad"),
+    ]
+    assert report.images == {"train": 13, "val": 12}
+    (shards / "train" / "3.tar").unlink()
+    config = replace(EXACT, path=str(shards), skip_list=str(tmp_path / "skip.txt"))
+    with pytest.raises(RecipeError, match=r"train/1\.tar: bad: not an image") as refused:
+        list(evaluation(open_source(replace(config, skip_list=""), "train", num_classes=3)))
+    assert "data.skip_list" in refused.value.cure
+
+    assert main(["data", "check", str(shards), "--out", config.skip_list]) == 1
+    for split, count in (("train", 12), ("val", 11)):
+        every = open_source(replace(config, skip_list=""), split, num_classes=3)
+        images = open_source(config, split, num_classes=3)
+        assert len(images) == count
+        assert images.digest != every.digest
+        assert sum(images.shard_sizes) == count
+        shown = torch.cat([batch.images for batch in evaluation(images)])
+        levels = shown[:11].mean(dim=(1, 2, 3)) * 255
+        assert torch.allclose(levels, 8.0 * torch.arange(11), atol=2)
+    assert images.name(10).endswith("val/1.tar: 000010")
+
+    Path(config.skip_list).write_text("train/0.tar/000001\ntrain/0.tar/gone\n")
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(config, "train", num_classes=3)) == 12
+    assert "0.tar/gone" in caplog.text
+    for lines, word in (
+        ("train/a/1.jpg\nval/9.tar/1", "none of its 2 lines"),
+        ("train/2.tar/a/b", "no image of class 2"),
+    ):
+        Path(config.skip_list).write_text(lines)
+        with pytest.raises(RecipeError, match=word):
+            open_source(config, "train", num_classes=3)
+
+
+def test_a_shard_that_a_skip_list_empties_leaves_the_others_in_place(shards):
+    images = scan_shards(shards, "val", num_classes=2)
+    rest = without(images, [f"val/0.tar/{index:06d}" for index in range(6)], split="val")
+    assert rest.shard_sizes == [0, 6]
+    assert [rest.name(index) for index in range(6)] == [images.name(index) for index in range(6, 12)]
+    assert sorted(windowed_permutation(rest.shard_sizes, window=1, seed=0, epoch=0)) == list(range(6))
+
+
+def test_the_files_of_cifar_are_checked(tmp_path):
+    folder = tmp_path / "cifar-10-batches-bin"
+    write_files(folder, {"test_batch.bin": bytes(3073 * 2), "data_batch_1.bin": bytes(3000)})
+    report = check_data(tmp_path)
+    assert report.images == {"train": 0, "val": 2}
+    assert [problem.path for problem in report.problems] == ["train"]
+    assert "data_batch_1.bin has 3000 bytes" in report.problems[0].cause

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -59,6 +59,15 @@ class ImageList:
             OSError: it cannot be read.
         """
         return Path(self.path(index)).read_bytes()
+
+    def listed(self) -> list[str]:
+        """What a skip list calls the images, behind ``<split>/``."""
+        return self.files
+
+    def only(self, keep: np.ndarray, *, broken: tuple[str, ...] = ()) -> ImageList:
+        """The images where ``keep``, bool [len(self)], is true."""
+        files = [file for file, kept in zip(self.files, keep, strict=True) if kept]
+        return replace(self, files=files, labels=self.labels[keep], broken=broken)
 
     def inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """``paths``: names of the files, which DALI reads, uint8 each."""

@@ -89,11 +89,11 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
             f"{config.shuffle_shards}, but {config.path} is read as {name}, which has no shards",
             "leave it at 0: all images are shuffled together",
         )
-    if config.skip_list and name != "folder":
+    if config.skip_list and name in CIFAR_SETS:
         raise RecipeError(
             "data.skip_list",
-            f"{config.skip_list} names files of class folders, but {config.path} is read as {name}",
-            "make the shards again without these files" if name == "webdataset" else "leave it out",
+            f"{config.skip_list} names images, but {config.path} is read as {name}, whose images have no names",
+            "leave it out",
         )
     if name in CIFAR_SETS:
         if config.image_size != CIFAR_SETS[name].side:
@@ -113,7 +113,10 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
             )
         return scan_cifar(config.path, split, name=name, num_classes=num_classes)
     if name == "webdataset":
-        return scan_shards(config.path, split, num_classes=num_classes)
+        shards = scan_shards(config.path, split, num_classes=num_classes)
+        if config.skip_list:
+            shards = without(shards, read_skip_list(config.skip_list), split=split)
+        return shards
     images = scan_folder(config.path, split, num_classes=num_classes)
     if config.skip_list:
         images = without(images, read_skip_list(config.skip_list), split=split)
