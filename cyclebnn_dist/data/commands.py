@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from cyclebnn_dist.config import RecipeError
@@ -110,6 +111,12 @@ def _data_check(options: argparse.Namespace) -> int:
         raise RecipeError("--threads", f"{options.threads} is out of range", "it must be 0 or more")
     if options.out and not options.out.absolute().parent.is_dir():
         raise RecipeError("--out", f"folder {options.out.absolute().parent} does not exist")
+    if options.out and not os.access(
+        options.out if options.out.exists() else options.out.absolute().parent, os.W_OK
+    ):
+        raise RecipeError("--out", f"may not write {options.out}")
+    if options.out and options.out.is_dir():
+        raise RecipeError("--out", f"{options.out} is a folder", "name a file")
     from cyclebnn_dist.data.check import render
     from cyclebnn_dist.data.check_packed import check_data
     from cyclebnn_dist.data.check_progress import check_progress

@@ -103,7 +103,6 @@ def pack_folder(
     if _finished(target, description):
         log.info("%s holds these shards already", target)
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
     total = sum(map(len, lists.values()))
     done, lock = Counter[str](), threading.Lock()
 
@@ -113,34 +112,40 @@ def pack_folder(
             if progress:
                 progress(done["images"], total)
 
-    with _partial_folder(target) as partial:
-        for split, images in lists.items():
-            (partial / split).mkdir()
-            plan = plan_shards(images, shard_size, seed=seed)
-            log.info("%s: %d images into %d shards", images.root, len(images), len(plan))
-            keys = sample_keys(images.files)
-            with ThreadPoolExecutor(workers) as pool:
-                try:
-                    list(
-                        pool.map(
-                            lambda numbered, split=split, images=images, keys=keys: write_shard(
-                                partial / split / f"{split}-{numbered[0]:06d}.tar",
-                                images,
-                                numbered[1],
-                                keys=keys,
-                                advance=advance,
-                            ),
-                            enumerate(plan),
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _partial_folder(target) as partial:
+            for split, images in lists.items():
+                (partial / split).mkdir()
+                plan = plan_shards(images, shard_size, seed=seed)
+                log.info("%s: %d images into %d shards", images.root, len(images), len(plan))
+                keys = sample_keys(images.files)
+                with ThreadPoolExecutor(workers) as pool:
+                    try:
+                        list(
+                            pool.map(
+                                lambda numbered, split=split, images=images, keys=keys: write_shard(
+                                    partial / split / f"{split}-{numbered[0]:06d}.tar",
+                                    images,
+                                    numbered[1],
+                                    keys=keys,
+                                    advance=advance,
+                                ),
+                                enumerate(plan),
+                            )
                         )
-                    )
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-        (partial / CLASS_NAMES).write_text(json.dumps(next(iter(lists.values())).classes) + "\n")
-        (partial / MARKER).write_text(json.dumps(description, indent=2) + "\n")
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+                    except BaseException:
+                        pool.shutdown(wait=True, cancel_futures=True)
+                        raise
+            (partial / CLASS_NAMES).write_text(json.dumps(next(iter(lists.values())).classes) + "\n")
+            (partial / MARKER).write_text(json.dumps(description, indent=2) + "\n")
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+    except OSError as error:
+        raise RecipeError(
+            "DST", f"cannot write {target}: {error.strerror}", "make room, or name another folder"
+        ) from None
     log.info("wrote %d images to %s", total, target)
     return True
 
@@ -160,8 +165,8 @@ def plan_shards(images: ImageList, size: ShardSize, *, seed: int) -> list[np.nda
 def sample_keys(files: Sequence[str]) -> list[str]:
     """Key of each file of ``<class>/<name>``: without extension, or with it where that alone tells two apart."""
     stems = [file.rpartition(".")[0] for file in files]
-    shared = Counter(stems)
-    return [_quoted(file if shared[stem] > 1 else stem) for file, stem in zip(files, stems, strict=True)]
+    taken = Counter(stems) + Counter(files)
+    return [_quoted(file if taken[stem] > 1 else stem) for file, stem in zip(files, stems, strict=True)]
 
 
 def write_shard(

@@ -62,11 +62,18 @@ def read_skip_list(path: str | Path) -> list[str]:
 
 
 def write_skip_list(path: Path, problems: Mapping[str, str], *, heading: Iterable[str] = ()) -> None:
-    """Write a skip list of ``{path relative to the data set: why}``, with the reasons as comments."""
+    """Write a skip list of ``{name relative to the data set: why}``, with the reasons as comments.
+
+    Raises:
+        RecipeError: it cannot be written.
+    """
     lines = [f"# {line}" for line in heading]
     for name, why in problems.items():
         lines += [f"# {' '.join(why.split())}", json.dumps(name) if _BREAKS.search(name) else name]
-    path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    try:
+        path.write_text("\n".join(lines) + "\n", errors="surrogateescape")
+    except OSError as error:
+        raise RecipeError("--out", f"cannot write {path}: {error.strerror}") from None
 
 
 def without(images: Skipping, names: Iterable[str], *, split: str) -> Skipping:
