@@ -144,7 +144,7 @@ def pack_folder(
             partial.rename(target)
     except OSError as error:
         raise RecipeError(
-            "DST", f"cannot write {target}: {error.strerror}", "make room, or name another folder"
+            "DST", f"cannot write {target}: {error.strerror or error}", "make room, or name another folder"
         ) from None
     log.info("wrote %d images to %s", total, target)
     return True
