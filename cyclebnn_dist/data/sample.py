@@ -88,7 +88,9 @@ def generate_sample(
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise RecipeError("DIR", f"cannot write {target}: {error.strerror or error}", "name another folder") from None
+        raise RecipeError(
+            "DIR", f"cannot write {target}: {error.strerror or error}", "name another folder"
+        ) from None
     try:
         for split in ("train", "val"):
             for name in CLASSES:
@@ -114,7 +116,9 @@ def generate_sample(
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise RecipeError(
-                "DIR", f"cannot write {target}: {error.strerror or error}", "make room, or name another folder"
+                "DIR",
+                f"cannot write {target}: {error.strerror or error}",
+                "make room, or name another folder",
             ) from None
         raise
     log.info("wrote %d training and %d validation images to %s", num_train, num_val, target)

@@ -102,15 +102,7 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
                 f"{config.image_size}, but images of {name} are not resized",
                 f"set data.image_size={CIFAR_SETS[name].side}",
             )
-        defaults = DataConfig()
-        if (config.mean, config.std) == (defaults.mean, defaults.std):
-            known = CIFAR_SETS[name]
-            log.warning(
-                "data.mean and data.std are ImageNet's; those of %s are mean: %s, std: %s",
-                name,
-                list(known.mean),
-                list(known.std),
-            )
+        _warn_of_others_statistics(config, name)
         return scan_cifar(config.path, split, name=name, num_classes=num_classes)
     if name == "webdataset":
         shards = scan_shards(config.path, split, num_classes=num_classes)
@@ -122,6 +114,21 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
         images = without(images, read_skip_list(config.skip_list), split=split)
     refuse_broken(images)
     return images
+
+
+def _warn_of_others_statistics(config: DataConfig, name: str) -> None:
+    """Warn where mean and standard deviation are those in common use for another set than ``name``."""
+    sets = {"ImageNet": DataConfig(), **CIFAR_SETS}
+    for other, its in sets.items():
+        if other != name and (tuple(config.mean), tuple(config.std)) == (its.mean, its.std):
+            own = CIFAR_SETS[name]
+            log.warning(
+                "data.mean and data.std are those of %s; those of %s are data.mean=%s data.std=%s",
+                other,
+                name,
+                list(own.mean),
+                list(own.std),
+            )
 
 
 def find_format(path: str | Path) -> str:
