@@ -155,7 +155,7 @@ def test_a_failure_leaves_nothing_and_can_be_run_again(folder, tmp_path, monkeyp
 
     before = sorted(os.listdir(tmp_path))
     monkeypatch.setattr(pack, "write_shard", fail)
-    with pytest.raises(RecipeError, match="DST: .*no space"):
+    with pytest.raises(RecipeError, match=r"DST: .*no space"):
         pack_folder(folder, tmp_path / "out", shard_size=ShardSize(images=5))
     assert sorted(os.listdir(tmp_path)) == before
     monkeypatch.undo()
