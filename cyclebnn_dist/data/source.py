@@ -12,7 +12,7 @@ import numpy as np
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data.cifar import CIFAR_SETS, find_cifar, scan_cifar
+from cyclebnn_dist.data.cifar import CIFAR_SETS, CifarFormat, find_cifar, scan_cifar
 from cyclebnn_dist.data.folder import is_folder, refuse_broken, scan_folder
 from cyclebnn_dist.data.shards import scan_shards, shard_names
 from cyclebnn_dist.data.skip import read_skip_list, without
@@ -118,7 +118,7 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
 
 def _warn_of_others_statistics(config: DataConfig, name: str) -> None:
     """Warn where mean and standard deviation are those in common use for another set than ``name``."""
-    sets = {"ImageNet": DataConfig(), **CIFAR_SETS}
+    sets: dict[str, DataConfig | CifarFormat] = {"ImageNet": DataConfig(), **CIFAR_SETS}
     for other, its in sets.items():
         if other != name and (tuple(config.mean), tuple(config.std)) == (its.mean, its.std):
             own = CIFAR_SETS[name]
