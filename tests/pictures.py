@@ -20,10 +20,10 @@ def gradient() -> np.ndarray:
     return np.rint(255 * np.stack(slopes, axis=-1)).astype(np.uint8)
 
 
-def encoded(mode: str = "RGB", *, kind: str = "JPEG") -> bytes:
-    """The gradient in a mode and a format of Pillow's."""
+def encoded(mode: str = "RGB", *, kind: str = "JPEG", size: tuple[int, int] = (WIDTH, HEIGHT)) -> bytes:
+    """The gradient in a mode and a format of Pillow's, resized to ``size`` (width, height)."""
     buffer = io.BytesIO()
-    Image.fromarray(gradient()).convert(mode).save(
+    Image.fromarray(gradient()).resize(size).convert(mode).save(
         buffer, format=kind, **({"quality": 95} if kind == "JPEG" else {})
     )
     return buffer.getvalue()

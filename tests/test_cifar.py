@@ -223,7 +223,12 @@ def test_another_number_of_images_and_imagenets_colours_are_warned_of(folder, ca
     defaults = DataConfig()
     with caplog.at_level(logging.WARNING):
         source_of(folder, mean=defaults.mean, std=defaults.std)
-    assert "mean: [0.4914, 0.4822, 0.4465]" in caplog.text
+    assert "those of ImageNet; those of cifar10 are data.mean=[0.4914, 0.4822, 0.4465]" in caplog.text
+    caplog.clear()
+    other = CIFAR_SETS["cifar100"]
+    with caplog.at_level(logging.WARNING):
+        source_of(folder, mean=list(other.mean), std=other.std)
+    assert "those of cifar100;" in caplog.text
 
 
 def test_the_recipe_takes_as_many_steps_as_published():

@@ -1,5 +1,6 @@
 """Packing: every image byte for byte, complete or absent, and readable by what others use."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from cyclebnn_dist.__main__ import main
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import open_source, pack, scan_folder
-from cyclebnn_dist.data.pack import ShardSize, pack_folder, parse_shard_size, plan_shards
+from cyclebnn_dist.data.pack import ShardSize, pack_folder, parse_shard_size, plan_shards, sample_keys
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_a_failure_leaves_nothing_and_can_be_run_again(folder, tmp_path, monkeyp
 
     before = sorted(os.listdir(tmp_path))
     monkeypatch.setattr(pack, "write_shard", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RecipeError, match=r"DST: .*no space"):
         pack_folder(folder, tmp_path / "out", shard_size=ShardSize(images=5))
     assert sorted(os.listdir(tmp_path)) == before
     monkeypatch.undo()
@@ -243,3 +244,24 @@ def test_an_image_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match=images.files[3]):
         pack_folder(folder, tmp_path / "out", splits=["val"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_cannot_be_written_is_named(folder, tmp_path, monkeypatch, capsys):
+    """A full disk or a read-only one gave a traceback."""
+    assert main(["data", "pack", str(folder), "/dev/null/shards"]) == 2
+    assert "DST: cannot write /dev/null/shards" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pack, "write_index", full)
+    assert main(["data", "pack", str(folder), str(tmp_path / "out")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_keys_differ_whatever_extensions_pile_up():
+    files = ["c/a.jpg", "c/a.png", "c/a.jpg.jpg", "c/b.png.jpg", "c/b.jpg"]
+    keys = sample_keys(files)
+    assert len(set(keys)) == len(files)
+    assert not any("." in key for key in keys)

@@ -1,14 +1,17 @@
 """Tar shards: the same training as from folders, whatever reads them, and no damaged shard unnoticed."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import EvalLoader, TrainLoader, open_source, shards
 from cyclebnn_dist.data.pack import ShardSize, pack_folder
-from cyclebnn_dist.data.shard_index import list_members, read_index, write_index
+from cyclebnn_dist.data.shard_index import list_members, read_index, read_shard, write_index
 
 CPU = torch.device("cpu")
 COUNT = 26
@@ -379,3 +382,34 @@ def test_the_format_is_found_and_said(places, tmp_path, caplog):
         source_of(tmp_path / "nowhere")
     with pytest.raises(RecipeError, match=r"data\.shuffle_shards"):
         source_of(places / "folder", shuffle_shards=4)
+
+
+@pytest.mark.parametrize("archive_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_names_beyond_ascii_are_read(tmp_path, archive_format, indexed):
+    """Python's tarfile replaces such letters in the plain header: shards of its own make were refused."""
+    shard, key = tmp_path / "0.tar", "h\u00fctte\u2028/" + "\u96ea" * 120
+    with tarfile.open(shard, "w", format=archive_format) as archive:
+        for name, content in ((f"{key}.jpg", jpeg(9)), (f"{key}.cls", b"1")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    if indexed:
+        write_index(shard, list_members(shard))
+    assert [(sample.key, sample.label) for sample in read_shard(shard)] == [(key, 1)]
+
+
+@pytest.mark.parametrize("label", [b"4294967296", b"9" * 5000])
+def test_a_class_too_large_for_a_number_is_refused_by_name(tmp_path, label):
+    shard = write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(9)), ("a.cls", label)])
+    with pytest.raises(RecipeError, match=r"class of sample a of .*0\.tar is"):
+        read_shard(shard)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 9), (-512, 9), (512, -1), (512, 10**25)])
+def test_an_index_that_points_out_of_its_shard_is_refused(tmp_path, offset, size):
+    shard = write_tar(tmp_path / "0.tar", plain_members(2))
+    (first, label), *others = list_members(shard)
+    write_index(shard, [[replace(first, offset=offset, size=size), label], *others])
+    with pytest.raises(RecipeError, match=r"0\.idx does not fit"):
+        read_shard(shard)

@@ -156,7 +156,7 @@ class DataConfig:
     mixup_switch_prob: float = 0.5
     """Probability of CutMix rather than mixup, where both are on."""
     skip_list: str = ""
-    """File of images to leave out, one train/<class>/<file> or val/<class>/<file> a line, # for comments;
+    """File of images to leave out, one <split>/<class>/<file> a line, or <split>/<shard>/<key>, # for comments;
     cyclebnn data check --out writes one."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the images given to the model; bf16 and fp16 need the same train.amp, and spare it a conversion."""

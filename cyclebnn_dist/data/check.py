@@ -1,4 +1,4 @@
-"""The check of a data set: every file that training would stumble over, and every mismatch between its folders."""
+"""The check of class folders: every file that training would stumble over, and every mismatch between the splits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.data.decoding import Decoding, problem_of_file
-from cyclebnn_dist.data.folder import EXTENSIONS
+from cyclebnn_dist.data.decoding import MOST, Decoding, problem_of_image
+from cyclebnn_dist.data.folder import EXTENSIONS, is_file, is_folder
 
 SPLITS = ("train", "val")
 UNREADABLE = "unreadable image"
-"""The kind of problem that a skip list cures."""
-_CHUNK = 32
+BROKEN_LINK = "broken link"
+NO_FILE = "neither file nor folder"
+_CHUNK = MOST
 _LINES = 20
 
 
@@ -56,8 +57,17 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
 
     def skippable(self) -> dict[str, str]:
-        """Files that cannot be decoded, each with the cause: what a skip list should name."""
-        return {problem.path: problem.cause for problem in self.problems if problem.kind == UNREADABLE}
+        """Images that cannot be read, each with the cause: what a skip list should name."""
+        return {
+            problem.path: problem.cause or problem.kind
+            for problem in self.problems
+            if problem.kind == UNREADABLE
+            or (
+                problem.kind in (BROKEN_LINK, NO_FILE)
+                and problem.path.count("/") == 2
+                and problem.path.lower().endswith(EXTENSIONS)
+            )
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -90,11 +100,8 @@ def check_folder(
         report.classes[split] = len(found.files)
         report.problems += found.problems
     report.problems += _mismatches(classes)
-    report.problems += _decode_all(
-        root,
-        files,
-        threads=threads or len(os.sched_getaffinity(0)),
-        progress=progress or (lambda done, total: None),
+    report.problems += decode_all(
+        files, lambda file: np.fromfile(root / file, np.uint8), threads=threads, progress=progress
     )
     return report
 
@@ -115,7 +122,13 @@ def render(report: Report) -> str:
         lines += [f"  {each.path}{f'  ({each.cause})' if each.cause else ''}" for each in shown]
         if count > _LINES:
             lines.append(f"  and {count - _LINES} more (--json has them all)")
-    return "\n".join(lines)
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """With escapes for line breaks, other control characters and what is no UTF-8."""
+    line = line.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(c if c == " " or c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class _Split:
@@ -127,8 +140,8 @@ class _Split:
         self._root = root
         for entry in self._entries(split):
             path = f"{split}/{entry.name}"
-            if not entry.is_dir():
-                kind = "broken link" if _is_broken(entry) else "file outside class folders"
+            if not is_folder(entry):
+                kind = BROKEN_LINK if _is_broken(entry) else "file outside class folders"
                 self.problems.append(Problem(kind, path))
                 continue
             self.files[entry.name] = list(self._images(path))
@@ -139,9 +152,11 @@ class _Split:
         for entry in self._entries(folder):
             path = f"{folder}/{entry.name}"
             if _is_broken(entry):
-                self.problems.append(Problem("broken link", path, f"to {os.readlink(self._root / path)}"))
-            elif entry.is_dir():
+                self.problems.append(Problem(BROKEN_LINK, path, f"to {os.readlink(self._root / path)}"))
+            elif is_folder(entry):
                 self.problems.append(Problem("folder within a class", path, "its files are not read"))
+            elif not is_file(entry):
+                self.problems.append(Problem(NO_FILE, path))
             elif not entry.name.lower().endswith(EXTENSIONS):
                 self.problems.append(Problem("unknown extension", path, "the file is not read"))
             else:
@@ -180,30 +195,46 @@ def _mismatches(classes: dict[str, set[str]]) -> Iterator[Problem]:
             )
 
 
-def _decode_all(
-    root: Path, files: list[str], *, threads: int, progress: Callable[[int, int], None]
+def decode_all(
+    names: Sequence[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    threads: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Problem]:
+    """The images that DALI does not decode.
+
+    Args:
+        read: gives the content of an image, uint8 [bytes], by its name; may raise OSError.
+        threads, progress: as for ``check_folder``.
+    """
     own = threading.local()
 
-    def decode(chunk: list[str]) -> list[Problem]:
+    def decode(chunk: Sequence[str]) -> list[Problem]:
         if not hasattr(own, "many"):
             own.many, own.one = Decoding(batch_size=_CHUNK), Decoding()
-        paths = [root / file for file in chunk]
         try:
-            if own.many.all_decode([np.fromfile(path, np.uint8) for path in paths]):
+            if own.many.all_decode([read(name) for name in chunk]):
                 return []
         except OSError:
             pass
-        problems = zip(chunk, (problem_of_file(path, own.one) for path in paths), strict=True)
-        return [Problem(UNREADABLE, file, problem) for file, problem in problems if problem]
+        problems = zip(chunk, (problem(name) for name in chunk), strict=True)
+        return [Problem(UNREADABLE, name, cause) for name, cause in problems if cause]
 
-    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+    def problem(name: str) -> str | None:
+        try:
+            return problem_of_image(read(name), own.one)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
     found: list[Problem] = []
-    pool = ThreadPoolExecutor(threads)
+    pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)))
     try:
         for number, problems in enumerate(pool.map(decode, chunks), start=1):
             found += problems
-            progress(min(number * _CHUNK, len(files)), len(files))
+            if progress:
+                progress(min(number * _CHUNK, len(names)), len(names))
     finally:
         pool.shutdown(cancel_futures=True)
     return found

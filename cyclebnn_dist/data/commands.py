@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from cyclebnn_dist.config import RecipeError
@@ -50,16 +51,16 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
     check = commands.add_parser(
         "check",
         help="find every file and folder that training would stumble over",
-        description="Decode every image of train/ and val/ with DALI, as training will, and list files that cannot be "
-        "read, empty classes, classes that train and val do not share, files and folders that are not read, and "
-        "broken links. Exit status: 0 nothing found, 1 problems found, 2 refused.",
+        description="Decode every image of train/ and val/, in class folders or tar shards, with DALI, as training will, "
+        "and list images that cannot be read, damaged shards, empty classes, classes that train and val do not share, "
+        "files and folders that are not read, and broken links; of CIFAR's files, sizes and classes. Exit status: 0 nothing found, 1 problems found, 2 refused.",
         epilog="examples:\n  cyclebnn data check /data/imagenet\n"
         "  cyclebnn data check /data/imagenet --threads 16 --out bad.txt\n"
         "  cyclebnn train recipes/imagenet_resnet18.yaml data.path=/data/imagenet data.skip_list=bad.txt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.set_defaults(run_data=_data_check)
-    check.add_argument("path", type=Path, metavar="DIR", help="folder with train/<class>/* and val/<class>/*")
+    check.add_argument("path", type=Path, metavar="DIR", help="what would be data.path")
     check.add_argument(
         "--threads", type=int, default=0, help="images decoded at the same time (default: one per core)"
     )
@@ -110,12 +111,19 @@ def _data_check(options: argparse.Namespace) -> int:
         raise RecipeError("--threads", f"{options.threads} is out of range", "it must be 0 or more")
     if options.out and not options.out.absolute().parent.is_dir():
         raise RecipeError("--out", f"folder {options.out.absolute().parent} does not exist")
-    from cyclebnn_dist.data.check import check_folder, render
+    if options.out and not os.access(
+        options.out if options.out.exists() else options.out.absolute().parent, os.W_OK
+    ):
+        raise RecipeError("--out", f"may not write {options.out}")
+    if options.out and options.out.is_dir():
+        raise RecipeError("--out", f"{options.out} is a folder", "name a file")
+    from cyclebnn_dist.data.check import render
+    from cyclebnn_dist.data.check_packed import check_data
     from cyclebnn_dist.data.check_progress import check_progress
     from cyclebnn_dist.data.skip import write_skip_list
 
     with check_progress() as progress:
-        report = check_folder(options.path, threads=options.threads, progress=progress)
+        report = check_data(options.path, threads=options.threads, progress=progress)
     print(json.dumps(report.to_dict()) if options.json else render(report))
     if options.out:
         bad = report.skippable()

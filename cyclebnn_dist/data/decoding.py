@@ -16,11 +16,16 @@ from PIL import Image
 fn: Any = dali.fn
 types: Any = dali.types
 
+MOST = 8
+"""Images decoded together. More than four a thread DALI 2.4 parses by several threads at once, and when one image of
+such a batch is none, it may be gone before the others are done: the process then dies of a segmentation fault."""
+
 
 class Decoding:
     """Decodes as the training pipeline does, nothing else; survives images that cannot be decoded."""
 
     def __init__(self, *, batch_size: int = 1, device: torch.device | None = None) -> None:
+        assert batch_size <= MOST
         self._settings = {
             "batch_size": batch_size,
             "num_threads": 1,
@@ -72,5 +77,14 @@ def problem_of_image(encoded: np.ndarray, decoding: Decoding) -> str | None:
 @pipeline_def
 def _decoding_pipeline(decode: str) -> tuple[Any, Any]:
     encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
-    images = fn.decoders.image(encoded, device=decode, adjust_orientation=False)
-    return fn.peek_image_shape(encoded, adjust_orientation=False), images.shape()
+    size = fn.peek_image_shape(encoded, adjust_orientation=False)
+    images = fn.decoders.image(once_known(size, encoded), device=decode, adjust_orientation=False)
+    return size, images.shape()
+
+
+def once_known(size: Any, encoded: Any) -> Any:
+    """The same bytes, to be decoded only after ``peek_image_shape`` has found the ``size`` of every image of the batch.
+
+    Where it finds none it raises an error; the decoder of DALI 2.4, if it comes first, may end the process instead.
+    """
+    return fn.reshape(encoded, shape=encoded.shape() + 0 * fn.cast(size, dtype=types.INT64)[:1])

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,12 +30,14 @@ class ImageList:
         files: paths relative to ``root``, sorted by class, then by name.
         labels: class index of each file, int32 [len(files)].
         classes: class names, sorted; the class index is the position here.
+        broken: further names of images that lead to no file: links to nothing or to themselves, pipes.
     """
 
     root: str
     files: list[str]
     labels: np.ndarray
     classes: list[str]
+    broken: tuple[str, ...] = ()
     kind: ClassVar[Literal["paths"]] = "paths"
     shard_sizes: ClassVar[Sequence[int]] = ()
 
@@ -57,6 +59,15 @@ class ImageList:
             OSError: it cannot be read.
         """
         return Path(self.path(index)).read_bytes()
+
+    def listed(self) -> list[str]:
+        """What a skip list calls the images, behind ``<split>/``."""
+        return self.files
+
+    def only(self, keep: np.ndarray, *, broken: tuple[str, ...] = ()) -> ImageList:
+        """The images where ``keep``, bool [len(self)], is true."""
+        files = [file for file, kept in zip(self.files, keep, strict=True) if kept]
+        return replace(self, files=files, labels=self.labels[keep], broken=broken)
 
     def inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """``paths``: names of the files, which DALI reads, uint8 each."""
@@ -101,7 +112,7 @@ def scan_folder(path: str | Path, split: str, *, num_classes: int) -> ImageList:
 
     with ThreadPoolExecutor(16) as pool:
         names = list(pool.map(lambda name: _image_names(root / name), classes))
-    empty = [name for name, found in zip(classes, names, strict=True) if not found]
+    empty = [name for name, (found, _) in zip(classes, names, strict=True) if not found]
     if empty:
         listed = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         raise RecipeError(
@@ -109,17 +120,49 @@ def scan_folder(path: str | Path, split: str, *, num_classes: int) -> ImageList:
             f"no images in class {listed} of {root}",
             f"put {', '.join(EXTENSIONS)} files there, or remove the folder",
         )
-    files = [f"{name}/{file}" for name, found in zip(classes, names, strict=True) for file in found]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found) for found in names])
+    files, broken = (
+        [f"{name}/{file}" for name, found in zip(classes, names, strict=True) for file in found[which]]
+        for which in (0, 1)
+    )
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found) for found, _ in names])
     log.info("%s: %d images in %d classes", root, len(files), len(classes))
-    return ImageList(root=str(root), files=files, labels=labels, classes=classes)
+    return ImageList(root=str(root), files=files, labels=labels, classes=classes, broken=tuple(broken))
+
+
+def refuse_broken(images: ImageList) -> None:
+    """Raise a RecipeError that names the first of ``images.broken``, if there is any."""
+    if images.broken:
+        first = os.path.join(images.root, images.broken[0])
+        others = f", and {len(images.broken) - 1} more" if len(images.broken) > 1 else ""
+        what = "is a link that leads to no file" if os.path.islink(first) else "is no file"
+        raise RecipeError(
+            "data.path",
+            f"{first} {what}{others}",
+            "mend or remove it, or leave it out by data.skip_list; cyclebnn data check finds all such",
+        )
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one; a link that leads back to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a regular file or leads to one."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def _class_names(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
             return sorted(
-                entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+                entry.name for entry in entries if is_folder(entry) and not entry.name.startswith(".")
             )
     except FileNotFoundError:
         missing = root if root.parent.is_dir() else root.parent
@@ -128,21 +171,23 @@ def _class_names(root: Path) -> list[str]:
             f"folder {missing} does not exist",
             f"expected {root}/<class>/*.JPEG; a sample set to try with: cyclebnn data sample {root.parent}",
         ) from None
-    except (NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise RecipeError("data.path", f"cannot list {root}: {error.strerror}") from None
 
 
-def _image_names(folder: Path) -> list[str]:
+def _image_names(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of images in ``folder``, sorted: of files, and of what leads to no file."""
+    files, broken = [], []
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS)
-                and not entry.name.startswith(".")
-                and entry.is_file()
-            )
-    except PermissionError as error:
+            for entry in entries:
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+                    if is_file(entry):
+                        files.append(entry.name)
+                    elif not is_folder(entry):
+                        broken.append(entry.name)
+        return sorted(files), sorted(broken)
+    except OSError as error:
         raise RecipeError("data.path", f"cannot list {folder}: {error.strerror}") from None
 
 

@@ -23,7 +23,7 @@ from urllib.parse import quote
 import numpy as np
 
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.data.folder import ImageList, scan_folder
+from cyclebnn_dist.data.folder import ImageList, is_folder, refuse_broken, scan_folder
 from cyclebnn_dist.data.order import epoch_permutation
 from cyclebnn_dist.data.shard_index import list_members, read_shard, split_member, write_index
 from cyclebnn_dist.data.shards import CLASS_NAMES
@@ -103,7 +103,6 @@ def pack_folder(
     if _finished(target, description):
         log.info("%s holds these shards already", target)
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
     total = sum(map(len, lists.values()))
     done, lock = Counter[str](), threading.Lock()
 
@@ -113,34 +112,40 @@ def pack_folder(
             if progress:
                 progress(done["images"], total)
 
-    with _partial_folder(target) as partial:
-        for split, images in lists.items():
-            (partial / split).mkdir()
-            plan = plan_shards(images, shard_size, seed=seed)
-            log.info("%s: %d images into %d shards", images.root, len(images), len(plan))
-            keys = sample_keys(images.files)
-            with ThreadPoolExecutor(workers) as pool:
-                try:
-                    list(
-                        pool.map(
-                            lambda numbered, split=split, images=images, keys=keys: write_shard(
-                                partial / split / f"{split}-{numbered[0]:06d}.tar",
-                                images,
-                                numbered[1],
-                                keys=keys,
-                                advance=advance,
-                            ),
-                            enumerate(plan),
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _partial_folder(target) as partial:
+            for split, images in lists.items():
+                (partial / split).mkdir()
+                plan = plan_shards(images, shard_size, seed=seed)
+                log.info("%s: %d images into %d shards", images.root, len(images), len(plan))
+                keys = sample_keys(images.files)
+                with ThreadPoolExecutor(workers) as pool:
+                    try:
+                        list(
+                            pool.map(
+                                lambda numbered, split=split, images=images, keys=keys: write_shard(
+                                    partial / split / f"{split}-{numbered[0]:06d}.tar",
+                                    images,
+                                    numbered[1],
+                                    keys=keys,
+                                    advance=advance,
+                                ),
+                                enumerate(plan),
+                            )
                         )
-                    )
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-        (partial / CLASS_NAMES).write_text(json.dumps(next(iter(lists.values())).classes) + "\n")
-        (partial / MARKER).write_text(json.dumps(description, indent=2) + "\n")
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+                    except BaseException:
+                        pool.shutdown(wait=True, cancel_futures=True)
+                        raise
+            (partial / CLASS_NAMES).write_text(json.dumps(next(iter(lists.values())).classes) + "\n")
+            (partial / MARKER).write_text(json.dumps(description, indent=2) + "\n")
+            if target.is_dir():
+                target.rmdir()
+            partial.rename(target)
+    except OSError as error:
+        raise RecipeError(
+            "DST", f"cannot write {target}: {error.strerror or error}", "make room, or name another folder"
+        ) from None
     log.info("wrote %d images to %s", total, target)
     return True
 
@@ -160,8 +165,8 @@ def plan_shards(images: ImageList, size: ShardSize, *, seed: int) -> list[np.nda
 def sample_keys(files: Sequence[str]) -> list[str]:
     """Key of each file of ``<class>/<name>``: without extension, or with it where that alone tells two apart."""
     stems = [file.rpartition(".")[0] for file in files]
-    shared = Counter(stems)
-    return [_quoted(file if shared[stem] > 1 else stem) for file, stem in zip(files, stems, strict=True)]
+    taken = Counter(stems) + Counter(files)
+    return [_quoted(file if taken[stem] > 1 else stem) for file, stem in zip(files, stems, strict=True)]
 
 
 def write_shard(
@@ -212,16 +217,18 @@ def _quoted(path: str) -> str:
 def _scan(source: Path, split: str) -> ImageList:
     try:
         classes = sum(
-            entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(source / split)
+            is_folder(entry) and not entry.name.startswith(".") for entry in os.scandir(source / split)
         )
     except OSError:
         classes = 0  # the scan names what is wrong
     try:
-        return scan_folder(source, split, num_classes=classes)
+        images = scan_folder(source, split, num_classes=classes)
+        refuse_broken(images)
     except RecipeError as error:
         raise RecipeError(
             "SRC" if error.key == "data.path" else error.key, error.problem, error.cure
         ) from None
+    return images
 
 
 def _finished(target: Path, description: dict[str, object]) -> bool:

@@ -19,6 +19,7 @@ from nvidia.dali import math, pipeline_def
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import augment, jitter
 from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
+from cyclebnn_dist.data.decoding import once_known
 from cyclebnn_dist.data.resizing import resized
 
 log = logging.getLogger(__name__)
@@ -180,8 +181,8 @@ def _evaluation_pipeline(config: DataConfig, layout: str, decode: str, kind: str
         images, ids = stored_images(decode)
         return _normalise(images, config, layout), ids
     encoded, ids = _encoded(kind)
-    images = fn.decoders.image(encoded, device=decode, adjust_orientation=False)
     size, place = _evaluation_window(encoded, config)
+    images = fn.decoders.image(once_known(size, encoded), device=decode, adjust_orientation=False)
     images = resized(images, size, config, decode=decode)
     side = config.image_size
     return _normalise(

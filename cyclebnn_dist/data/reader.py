@@ -176,7 +176,8 @@ class Reader:
                         f"cannot read image {self._source.name(index)}: {problem}",
                         "repair it, or leave it out by data.skip_list; cyclebnn data check finds all such files"
                         if self._source.kind == "paths"
-                        else "make the shard again",
+                        else "make the shard again, or leave it out by data.skip_list, as <split>/<shard>/<key>; "
+                        "cyclebnn data check finds all such images",
                     )
         return RuntimeError(f"DALI failed on one of {', '.join(map(self._source.name, ids))}: {error}")
 

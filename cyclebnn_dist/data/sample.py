@@ -84,8 +84,13 @@ def generate_sample(
         return False
 
     workers = workers or len(os.sched_getaffinity(0))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise RecipeError(
+            "DIR", f"cannot write {target}: {error.strerror or error}", "name another folder"
+        ) from None
     try:
         for split in ("train", "val"):
             for name in CLASSES:
@@ -107,8 +112,14 @@ def generate_sample(
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RecipeError(
+                "DIR",
+                f"cannot write {target}: {error.strerror or error}",
+                "make room, or name another folder",
+            ) from None
         raise
     log.info("wrote %d training and %d validation images to %s", num_train, num_val, target)
     return True

@@ -18,6 +18,7 @@ BLOCK = 512
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 CLASS_EXTENSION = "cls"
 _VERSION = "v1.2"
+_MOST_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,8 @@ def read_shard(shard: Path) -> list[Sample]:
                     raise RecipeError("data.path", f"{shard} holds two samples {key}", "make it again")
                 keys.add(key)
                 image = _only(shard, key, members, IMAGE_EXTENSIONS, "image")
-                label = _read_label(
-                    shard, key, file.fileno(), _only(shard, key, members, (CLASS_EXTENSION,), "class")
-                )
+                number = _only(shard, key, members, (CLASS_EXTENSION,), "class")
+                label = _read_label(shard, key, file.fileno(), number, indexed=indexed)
                 samples.append(Sample(key, image, label))
     except OSError as error:
         raise RecipeError("data.path", f"cannot read {shard}: {error.strerror}") from None
@@ -111,7 +111,7 @@ def read_index(shard: Path) -> list[list[Member]]:
     """
     path = index_path(shard)
     try:
-        header, *lines = path.read_text().splitlines()
+        header, *lines = path.read_text().removesuffix("\n").split("\n")
         version, count = header.split()
         if version != _VERSION or int(count) != len(lines):
             raise ValueError(f"{header} over {len(lines)} lines")
@@ -165,13 +165,13 @@ def _only(shard: Path, key: str, members: list[Member], extensions: tuple[str, .
     )
 
 
-def _read_label(shard: Path, key: str, descriptor: int, member: Member) -> int:
+def _read_label(shard: Path, key: str, descriptor: int, member: Member, *, indexed: bool) -> int:
     """The number in a class member, behind its header, which tells whether the index fits the shard."""
-    block = os.pread(descriptor, BLOCK + member.size, member.offset - BLOCK)
-    if not _is_header_of(block[:BLOCK], member):
+    block = os.pread(descriptor, BLOCK + min(member.size, BLOCK), member.offset - BLOCK)
+    if indexed and not _is_header_of(block[:BLOCK], member):
         raise _stale(shard, f"there is no {member.name} at {member.offset}")
     text = block[BLOCK:].decode(errors="replace").strip()
-    if len(block) < BLOCK + member.size or not text.isdecimal():
+    if len(block) < BLOCK + member.size or not text.isdecimal() or len(text) > _MOST_DIGITS:
         raise RecipeError(
             "data.path",
             f"the class of sample {key} of {shard} is {text[:40]!r}",
@@ -181,13 +181,16 @@ def _read_label(shard: Path, key: str, descriptor: int, member: Member) -> int:
 
 
 def _is_header_of(block: bytes, member: Member) -> bool:
-    """Whether a tar header is that of ``member``; long names are cut there."""
+    """Whether a tar header is that of ``member``; long names are cut there, letters beyond ASCII may be replaced."""
     try:
         size = int(block[124:136].split(b"\0")[0].strip() or b"0", 8)
     except ValueError:
         return False
     recorded = block[:100].rstrip(b"\0")
-    return size == member.size and bool(recorded) and recorded in member.name.encode(errors="surrogateescape")
+    if size != member.size or not recorded:
+        return False
+    plain = member.name.encode("ascii", "replace")
+    return recorded in member.name.encode(errors="surrogateescape") or recorded in plain
 
 
 def _check_end(shard: Path, descriptor: int, groups: list[list[Member]], *, indexed: bool) -> None:
@@ -196,12 +199,13 @@ def _check_end(shard: Path, descriptor: int, groups: list[list[Member]], *, inde
         raise RecipeError("data.path", f"{shard} holds no samples", "remove it")
     if not indexed:
         return
+    if any(member.offset < BLOCK or member.size < 0 for members in groups for member in members):
+        raise _stale(shard, "a member lies before its beginning")
     end = max(member.offset + _padded(member.size) for members in groups for member in members)
-    block = os.pread(descriptor, BLOCK, end)
-    if len(block) < BLOCK:
-        size = os.fstat(descriptor).st_size
+    size = os.fstat(descriptor).st_size
+    if size < end + BLOCK:
         raise _stale(shard, f"which has {size} bytes; the index needs more than {end}")
-    if any(block):
+    if any(os.pread(descriptor, BLOCK, end)):
         raise _stale(shard, f"which goes on at {end}, where the index ends")
 
 

@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -49,6 +49,7 @@ class ShardList:
     labels: np.ndarray
     classes: list[str]
     kind: ClassVar[Literal["encoded"]] = "encoded"
+    broken: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,6 +68,28 @@ class ShardList:
     def name(self, index: int) -> str:
         """Shard and key of image ``index``."""
         return f"{self._shard(index)}: {self.keys[index]}"
+
+    def listed(self) -> list[str]:
+        """What a skip list calls the images, behind ``<split>/``: ``<shard>/<key>``."""
+        keys = iter(self.keys)
+        return [
+            f"{shard}/{next(keys)}"
+            for shard, size in zip(self.shards, self.shard_sizes, strict=True)
+            for _ in range(size)
+        ]
+
+    def only(self, keep: np.ndarray, *, broken: tuple[str, ...] = ()) -> ShardList:
+        """The images where ``keep``, bool [len(self)], is true."""
+        assert not broken
+        parts = np.split(keep, np.cumsum(self.shard_sizes)[:-1])
+        return replace(
+            self,
+            shard_sizes=[int(part.sum()) for part in parts],
+            keys=[key for key, kept in zip(self.keys, keep, strict=True) if kept],
+            offsets=self.offsets[keep],
+            sizes=self.sizes[keep],
+            labels=self.labels[keep],
+        )
 
     def encoded(self, index: int) -> bytes:
         """The bytes of image ``index``.

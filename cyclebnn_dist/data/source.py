@@ -12,8 +12,8 @@ import numpy as np
 
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data.cifar import CIFAR_SETS, find_cifar, scan_cifar
-from cyclebnn_dist.data.folder import scan_folder
+from cyclebnn_dist.data.cifar import CIFAR_SETS, CifarFormat, find_cifar, scan_cifar
+from cyclebnn_dist.data.folder import is_folder, refuse_broken, scan_folder
 from cyclebnn_dist.data.shards import scan_shards, shard_names
 from cyclebnn_dist.data.skip import read_skip_list, without
 
@@ -89,11 +89,11 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
             f"{config.shuffle_shards}, but {config.path} is read as {name}, which has no shards",
             "leave it at 0: all images are shuffled together",
         )
-    if config.skip_list and name != "folder":
+    if config.skip_list and name in CIFAR_SETS:
         raise RecipeError(
             "data.skip_list",
-            f"{config.skip_list} names files of class folders, but {config.path} is read as {name}",
-            "make the shards again without these files" if name == "webdataset" else "leave it out",
+            f"{config.skip_list} names images, but {config.path} is read as {name}, whose images have no names",
+            "leave it out",
         )
     if name in CIFAR_SETS:
         if config.image_size != CIFAR_SETS[name].side:
@@ -102,20 +102,33 @@ def open_source(config: DataConfig, split: str, *, num_classes: int) -> Source:
                 f"{config.image_size}, but images of {name} are not resized",
                 f"set data.image_size={CIFAR_SETS[name].side}",
             )
-        defaults = DataConfig()
-        if (config.mean, config.std) == (defaults.mean, defaults.std):
-            known = CIFAR_SETS[name]
-            log.warning(
-                "data.mean and data.std are ImageNet's; those of %s are mean: %s, std: %s",
-                name,
-                list(known.mean),
-                list(known.std),
-            )
+        _warn_of_others_statistics(config, name)
         return scan_cifar(config.path, split, name=name, num_classes=num_classes)
     if name == "webdataset":
-        return scan_shards(config.path, split, num_classes=num_classes)
+        shards = scan_shards(config.path, split, num_classes=num_classes)
+        if config.skip_list:
+            shards = without(shards, read_skip_list(config.skip_list), split=split)
+        return shards
     images = scan_folder(config.path, split, num_classes=num_classes)
-    return without(images, read_skip_list(config.skip_list), split=split) if config.skip_list else images
+    if config.skip_list:
+        images = without(images, read_skip_list(config.skip_list), split=split)
+    refuse_broken(images)
+    return images
+
+
+def _warn_of_others_statistics(config: DataConfig, name: str) -> None:
+    """Warn where mean and standard deviation are those in common use for another set than ``name``."""
+    sets: dict[str, DataConfig | CifarFormat] = {"ImageNet": DataConfig(), **CIFAR_SETS}
+    for other, its in sets.items():
+        if other != name and (tuple(config.mean), tuple(config.std)) == (its.mean, its.std):
+            own = CIFAR_SETS[name]
+            log.warning(
+                "data.mean and data.std are those of %s; those of %s are data.mean=%s data.std=%s",
+                other,
+                name,
+                list(own.mean),
+                list(own.std),
+            )
 
 
 def find_format(path: str | Path) -> str:
@@ -147,6 +160,6 @@ def find_format(path: str | Path) -> str:
 def _has_folders(root: Path) -> bool:
     try:
         with os.scandir(root) as entries:
-            return any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+            return any(is_folder(entry) and not entry.name.startswith(".") for entry in entries)
     except OSError:
         return False
