@@ -4,7 +4,7 @@ run_dir/
   recipe.yaml       the resolved recipe; what makes the folder a run's
   layers.txt        what was swapped and why not
   comm.json         what comm.mode=auto took, for how many ranks, and what was measured
-  checkpoints/      see checkpoint.py
+  checkpoints/      see checkpoint/__init__.py
   metrics.jsonl     one row every few steps; see metrics/journal.py
   wandb/            Weights & Biases; its run id in wandb_run_id
   summary.json      written at the end, for programs

