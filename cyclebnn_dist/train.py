@@ -37,6 +37,7 @@ from cyclebnn_dist.run_folder import (
     claim_run_folder,
     finished_summary,
     read_verdict,
+    refusing_bad_disk,
     write_verdict,
 )
 from cyclebnn_dist.run_lock import run_lock
@@ -92,7 +93,12 @@ def run_recipe(recipe: Recipe, world: World) -> int:
         log.info("this run is finished already\n%s", finished)
         return FINISHED
     with ExitStack() as stack:
-        on_main(world, lambda: stack.enter_context(run_lock(run_dir)))
+
+        def lock() -> None:
+            with refusing_bad_disk(run_dir):
+                stack.enter_context(run_lock(run_dir))
+
+        on_main(world, lock)
         return go_on(recipe, world, run_dir=run_dir)
 
 
@@ -211,9 +217,10 @@ def assemble(
     eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
 
     def claim() -> int:
-        life = claim_run_folder(run_dir, recipe, swap_report.render())
-        if verdict:
-            write_verdict(run_dir, verdict.state_dict())
+        with refusing_bad_disk(run_dir):
+            life = claim_run_folder(run_dir, recipe, swap_report.render())
+            if verdict:
+                write_verdict(run_dir, verdict.state_dict())
         return life
 
     life = on_main(world, claim)

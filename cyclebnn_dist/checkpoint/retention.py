@@ -16,6 +16,7 @@ from cyclebnn_dist.checkpoint.layout import (
     REMOVED,
     complete_checkpoints,
     evaluated_top1,
+    published_checkpoints,
     step_of,
 )
 from cyclebnn_dist.config import RunConfig
@@ -42,19 +43,19 @@ def kept_steps(scores: Mapping[int, float | None], *, last: int, every: int, bes
 
 
 def superfluous_checkpoints(run_dir: Path, *, newest: Path, config: RunConfig) -> list[Path]:
-    """Complete checkpoints that need not stay, now that ``newest`` has been published.
+    """Checkpoints that need not stay, now that ``newest`` has been published.
 
     Those of later steps are of a future that was left when they were found damaged, and go as well.
     """
-    step = step_of(newest)
-    complete = {step_of(folder): folder for folder in complete_checkpoints(run_dir)}
+    future = [folder for folder in published_checkpoints(run_dir) if step_of(folder) > step_of(newest)]
+    complete = {step_of(folder): folder for folder in complete_checkpoints(run_dir) if folder not in future}
     kept = kept_steps(
-        {s: evaluated_top1(folder) for s, folder in complete.items() if s <= step},
+        {step: evaluated_top1(folder) for step, folder in complete.items()},
         last=config.keep_checkpoints,
         every=config.keep_every,
         best=config.keep_best,
     )
-    return [folder for s, folder in complete.items() if s not in kept]
+    return future + [folder for step, folder in complete.items() if step not in kept]
 
 
 class Remover:
