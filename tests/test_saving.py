@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from disks import fill, read_only, small_disk
-from launching import TINY_RECIPE, Launched
+from launching import TINY_RECIPE, Launched, wait_until
 from safetensors.torch import load_file
 from worlds import make_world
 
@@ -210,7 +210,7 @@ def test_checkpoints_that_become_read_only_end_the_run_with_status_1_and_those_t
     length = ("train.epochs=4", "eval.every_epochs=4")
     going = Launched(recipe_file, run_dir, ranks=2, overrides=length)
     try:
-        going.wait_for_step(2, seconds=120)
+        assert wait_until(lambda: complete_checkpoints(run_dir), seconds=120)
         with read_only(run_dir / "checkpoints"):
             status, output = going.wait(seconds=120)
             assert status == 1, output
