@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 
 import pytest
@@ -133,8 +134,11 @@ def test_the_best_evaluation_is_saved_where_no_checkpoint_was_due_and_stays(rank
     assert evaluations[7] is None
 
 
-def run_on_a_full_disk(rank, size, path, overrides, full_at, free_at):
-    """Rank 0 fills the disk at one step and frees it at another; what lies there just before it is freed."""
+def run_on_a_full_disk(rank, size, path, overrides, full_at, free_at, stop_at=None):
+    """Rank 0 fills the disk at one step and frees it at another; what lies there just before it is freed.
+
+    Rank 1 gets a signal to stop at a third.
+    """
     disk, seen = path.parent / "disk", []
 
     def change(step):
@@ -145,6 +149,8 @@ def run_on_a_full_disk(rank, size, path, overrides, full_at, free_at):
             partial = list((disk / "run" / "checkpoints").glob(".partial_*"))
             seen.append(([f.name for f in complete], [damaged_parts(f) for f in complete], len(partial)))
             (disk / "filling").unlink()
+        if rank == 1 and step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
 
     return *run(rank, size, path, overrides, before_backward=change), seen
 
@@ -201,6 +207,15 @@ def test_a_run_does_not_end_well_without_its_last_checkpoint_and_goes_on_when_th
         (folder / "filling").unlink()
         assert [status for status, _ in ranks(2, run, recipe_file, overrides)] == [train.FINISHED] * 2
         assert_same_states(complete_checkpoints(undisturbed)[0], complete_checkpoints(folder / "run")[0])
+
+
+def test_a_stop_without_room_for_its_checkpoint_says_which_one_there_is(ranks, recipe_file):
+    with small_disk(recipe_file.parent / "disk", megabytes=48) as folder:
+        overrides = [f"run.dir={folder / 'run'}"]
+        for status, _, _ in ranks(2, run_on_a_full_disk, recipe_file, overrides, 4, 99, 6):
+            assert status.startswith("SaveError: this run ends without the checkpoint of step 7: ")
+            newest = complete_checkpoints(folder / "run")[0]
+            assert f"the newest intact checkpoint is {newest}; " in status
 
 
 def test_checkpoints_that_become_read_only_end_the_run_with_status_1_and_those_that_are_with_status_2(
