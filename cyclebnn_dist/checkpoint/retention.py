@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import shutil
@@ -74,9 +75,9 @@ class Remover:
                 log.warning("older checkpoints in %s stay: %s", run_dir / FOLDER, error)
                 return
             for folder in superfluous:
-                hidden = hide(folder)
-                if hidden is not None:
-                    shutil.rmtree(hidden, ignore_errors=True)
+                hide(folder)
+            for hidden in (run_dir / FOLDER).glob(f"{REMOVED}*"):
+                shutil.rmtree(hidden, ignore_errors=True)
 
         self._start(work)
 
@@ -91,7 +92,8 @@ class Remover:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
         if leftovers:
             self._start(work)
@@ -108,10 +110,9 @@ class Remover:
         self._thread.start()
 
 
-def hide(folder: Path) -> Path | None:
-    """Take a checkpoint out of sight at once, so that none is ever seen half removed; where it is then, if it could be."""
+def hide(folder: Path) -> None:
+    """Take a checkpoint out of sight at once, so that none is ever seen half removed; ``retire`` removes it."""
     try:
-        return folder.rename(folder.with_name(f"{REMOVED}{folder.name}_{secrets.token_hex(4)}"))
+        folder.rename(folder.with_name(f"{REMOVED}{folder.name}_{secrets.token_hex(4)}"))
     except OSError as error:
         log.warning("%s could not be removed: %s", folder, disk.cause(error))
-        return None

@@ -148,7 +148,7 @@ class Saver:
             write_meta(pending.partial, meta)
             _flush(pending.partial)
             if final.exists():
-                hide(final)  # of a future that was left; the next save clears it away
+                hide(final)  # of a future that was left
             pending.partial.rename(final)
             _flush(final.parent)
         except OSError as error:
