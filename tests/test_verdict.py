@@ -1,8 +1,8 @@
 """The verdict of ``comm.mode: auto``. Without these a run could be slower than plain, or change its mode over a restart."""
 
 import json
-import shutil
 import logging
+import shutil
 from contextlib import contextmanager
 
 import pytest
