@@ -80,10 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
         _evaluate,
         "accuracy of a checkpoint, at the forward width stored in it",
         "  cyclebnn evaluate runs/quickstart\n"
+        "  cyclebnn evaluate runs/quickstart --checkpoint best\n"
         "  cyclebnn evaluate runs/quickstart/checkpoints/step_000000500 data.path=/data/imagenet",
     )
     evaluate.add_argument(
-        "checkpoint", type=Path, help="a checkpoint folder, or a run folder for its newest one"
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder, or the folder of one checkpoint"
+    )
+    evaluate.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="of a run folder: newest (default), best (by its validation top-1), or a step",
     )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
@@ -209,7 +216,7 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from cyclebnn_dist import evaluate
 
-    result = evaluate.main(options.checkpoint, overrides=options.overrides)
+    result = evaluate.main(options.path, which=options.checkpoint, overrides=options.overrides)
     if options.json:
         print(json.dumps(result))
     else:

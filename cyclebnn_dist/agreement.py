@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,11 +29,20 @@ FIELDS = (
 )
 
 
+class Requests(NamedTuple):
+    """What ranks told each other beside the fields: true where it is on at least one."""
+
+    stop: bool
+    """A signal asks to stop."""
+    writing: bool
+    """The files of a checkpoint are still being written."""
+
+
 class Agreement:
     """One fixed-size control all-reduce per step on its own Gloo group, and a smaller one about its outcome.
 
     Each field is a 63-bit number; ``+x`` and ``-x`` under MAX give its largest and smallest value over ranks,
-    which are equal exactly when all ranks hold the same. The stop flag travels in the same message.
+    which are equal exactly when all ranks hold the same. The flags of ``Requests`` travel in the same message.
 
     Attributes:
         seconds: this rank has spent in here, waiting for slower ranks included.
@@ -48,7 +58,7 @@ class Agreement:
         self.seconds = 0.0
         self._world = world
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._message = torch.empty(2 * len(FIELDS) + 1, dtype=torch.int64)
+        self._message = torch.empty(2 * len(FIELDS) + len(Requests._fields), dtype=torch.int64)
         self._work: dist.Work | None = None
         self._fields: dict[str, int | str] = {
             "step": -1,
@@ -78,19 +88,19 @@ class Agreement:
         self._fields |= constants
         self.compare_constants()
 
-    def begin(self, step: int, *, widths: int, stop: bool) -> None:
+    def begin(self, step: int, *, widths: int, stop: bool, writing: bool = False) -> None:
         """Collective: every rank calls this. Start the exchange for ``step``; it runs during the forward pass."""
         assert self._work is None
         begun = perf_counter()
         self._fields |= {"step": step, "widths": widths}
         held = (self._fields[name] for name in FIELDS)
         values = torch.tensor([digest(value) if isinstance(value, str) else value for value in held])
-        self._message = torch.cat([values, -values, torch.tensor([int(stop)])])
+        self._message = torch.cat([values, -values, torch.tensor(Requests(stop, writing), dtype=torch.int64)])
         self._work = dist.all_reduce(self._message, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self.seconds += perf_counter() - begun
 
-    def finish(self) -> bool:
-        """Collective: every rank calls this. Await the exchange; True if any rank asked to stop.
+    def finish(self) -> Requests:
+        """Collective: every rank calls this. Await the exchange; what any rank asked for or is doing.
 
         Raises:
             RuntimeError: on every rank, naming the fields that differ and the ranks that hold each value.
@@ -103,7 +113,7 @@ class Agreement:
         count = len(FIELDS)
         if not torch.equal(self._message[:count], -self._message[count : 2 * count]):
             self._compare(gather_objects(self._world, self._fields))
-        return bool(self._message[-1].item())
+        return Requests(*map(bool, self._message[2 * count :].tolist()))
 
     def all_finite(self, finite: bool, *, refusal: RecipeError | None = None) -> bool:
         """Collective: every rank calls this, after the reduction. Whether the averaged gradient is finite on all ranks.

@@ -53,8 +53,5 @@ def using_buffers(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Itera
 
 
 def model_state(model: nn.Module, buffers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The model's state dict on the CPU, with ``buffers`` in place of its own."""
-    return {
-        name: buffers.get(name, tensor).detach().cpu().contiguous().clone()
-        for name, tensor in model.state_dict().items()
-    }
+    """The model's state dict, not copied, with ``buffers`` in place of its own."""
+    return {name: buffers.get(name, tensor).detach() for name, tensor in model.state_dict().items()}

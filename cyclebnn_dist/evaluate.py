@@ -13,7 +13,7 @@ from torch import nn
 
 from cyclebnn_dist.binary import check_two_valued, set_widths
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
-from cyclebnn_dist.checkpoint import complete_checkpoints, damaged_parts, read_meta
+from cyclebnn_dist.checkpoint import best_checkpoint, complete_checkpoints, damaged_parts, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
 from cyclebnn_dist.data import Batch, EvalLoader, open_source
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
@@ -30,6 +30,7 @@ from cyclebnn_dist.world import (
     sum_over_ranks,
 )
 
+NEWEST, BEST = "newest", "best"
 EVALUATION_KEYS = ("data.", "eval.", "train.amp", "run.collective_timeout_seconds")
 
 
@@ -94,7 +95,7 @@ def refusable(batches: Iterable[Batch], *, world: World) -> Iterator[Batch]:
     share_refusal(world, refusal)
 
 
-def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def main(path: Path, *, which: str = NEWEST, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Collective: every rank calls this. ``evaluate_checkpoint`` in process groups of its own.
 
     Raises:
@@ -102,9 +103,10 @@ def main(path: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     world = discover_world()
     configure_logging(rank=world.rank, size=world.size)
-    recipe = load_recipe(find_checkpoint(path) / SAVED_NAME, check_overrides(overrides))
+    folder = find_checkpoint(path, which=which)
+    recipe = load_recipe(folder / SAVED_NAME, check_overrides(overrides))
     world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
-    result = evaluate_checkpoint(path, world, overrides=overrides)
+    result = evaluate_checkpoint(folder, world, overrides=overrides)
     leave_world()
     return result
 
@@ -163,16 +165,37 @@ def check_overrides(overrides: Sequence[str]) -> Sequence[str]:
     return overrides
 
 
-def find_checkpoint(path: Path) -> Path:
-    """``path`` itself if it is a complete checkpoint, else the newest complete one of the run folder ``path``."""
+def find_checkpoint(path: Path, *, which: str = NEWEST) -> Path:
+    """``path`` itself if it is a checkpoint, else one of the run folder ``path``; it is intact.
+
+    Args:
+        which: ``newest``, ``best`` or a step.
+
+    Raises:
+        RecipeError: there is no such checkpoint, or it is damaged.
+    """
     if (path / "meta.json").exists():
-        problems = damaged_parts(path)
-        if problems:
-            raise RecipeError(str(path), f"is damaged: {'; '.join(problems)}", "choose another checkpoint")
-        return path
-    newest = next(iter(complete_checkpoints(path)), None)
-    if newest is None:
-        raise RecipeError(
-            str(path), "holds no complete checkpoint", "name a run folder or a checkpoint folder"
-        )
-    return newest
+        if which != NEWEST:
+            raise RecipeError("--checkpoint", f"{path} is one checkpoint", "name its run folder")
+        folder = path
+    else:
+        complete = complete_checkpoints(path)
+        if not complete:
+            raise RecipeError(
+                str(path), "holds no complete checkpoint", "name a run folder or a checkpoint folder"
+            )
+        steps = {str(read_meta(each)["step"]): each for each in complete}
+        found = {NEWEST: complete[0], BEST: best_checkpoint(path), **steps}.get(which)
+        if found is None:
+            raise RecipeError(
+                "--checkpoint",
+                "none of these was evaluated"
+                if which == BEST
+                else f"no complete checkpoint is called {which}",
+                f"there are {NEWEST}, {BEST} and steps {', '.join(sorted(steps, key=int))}",
+            )
+        folder = found
+    problems = damaged_parts(folder)
+    if problems:
+        raise RecipeError(str(folder), f"is damaged: {'; '.join(problems)}", "choose another checkpoint")
+    return folder

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from cyclebnn_dist import resume
-from cyclebnn_dist.agreement import compare_parameters, digest
+from cyclebnn_dist import saving
+from cyclebnn_dist.agreement import Requests, compare_parameters, digest
 from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
@@ -37,6 +37,7 @@ class StepResult:
     widths: Widths
     skipped: bool
     stop: bool
+    writing: bool
     seconds: float
     data_seconds: float
     agreement_seconds: float
@@ -47,6 +48,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
 
     Raises:
         RecipeError: on every rank, naming the file, when one of them cannot read an image; the run can be resumed.
+        SaveError: on every rank, when the checkpoint of the end or of a stop could not be written.
         RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
     """
     config = run.recipe.run
@@ -56,10 +58,15 @@ def train(run: Run) -> Literal["finished", "preempted"]:
     run.health.begin(run.step)
     run.watchdog.saw(f"step {run.step}")
     while run.step < run.total_steps:
-        result = train_step(run)
+        try:
+            result = train_step(run)
+        except RecipeError:
+            saving.settle(run)
+            raise
         run.step += 1
         run.watchdog.saw(f"step {run.step}")
         last = run.step == run.total_steps
+        saving.publish_if_written(run, writing=result.writing)
         run.totals.add_step(
             result.widths,
             images=run.recipe.train.global_batch_size,
@@ -70,6 +77,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         )
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
         if skipped_in_a_row >= run.recipe.train.max_skipped_steps:
+            saving.settle(run)
             raise RuntimeError(
                 f"non-finite gradients in {skipped_in_a_row} steps in a row, "
                 f"{run.step - skipped_in_a_row} to {run.step - 1}: lower optim.lr, set train.clip_norm, "
@@ -85,10 +93,10 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         if check_every and run.step % check_every == 0:
             compare_parameters(run.model, world=run.world, step=run.step)
         if (run.step % eval_every == 0 and not result.stop) or last:
+            saving.settle(run)
             evaluate_and_log(run)
-        if run.step % config.save_every == 0 or last or result.stop:
-            resume.save(run)
-            run.watchdog.saw(f"the checkpoint of step {run.step}")
+        if saving.due(run) or last or result.stop:
+            saving.save(run, wait=last or result.stop)
         if result.stop and not last:
             return "preempted"
     return "finished"
@@ -100,12 +108,12 @@ def train_step(run: Run) -> StepResult:
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
     lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
-    run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested)
+    run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested, writing=run.saver.writing)
     run.engine.begin_step(step, lr=lr, communication_bits=widths.communication_bits)
     accumulation = recipe.train.accumulation
     total_loss = torch.zeros((), device=run.world.device)
     data_seconds = 0.0
-    stop = False
+    requests = Requests(stop=False, writing=False)
     refusal: RecipeError | None = None
     set_progress(run.model, step / run.total_steps)
     for micro_step in range(accumulation):
@@ -133,7 +141,7 @@ def train_step(run: Run) -> StepResult:
                 run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
             )
             if last:
-                stop = run.agreement.finish()
+                requests = run.agreement.finish()
             run.engine.backward(loss / accumulation)
         total_loss += loss.detach() / accumulation
     grad_norm = run.engine.clip(recipe.train.clip_norm)
@@ -147,7 +155,8 @@ def train_step(run: Run) -> StepResult:
         lr=lr,
         widths=widths,
         skipped=not updated,
-        stop=stop,
+        stop=requests.stop,
+        writing=requests.writing,
         seconds=time.perf_counter() - begun,
         data_seconds=data_seconds,
         agreement_seconds=run.agreement.seconds - agreed_before,
@@ -203,6 +212,7 @@ class Window:
             },
             "agreement_seconds": self._agreement_seconds / steps,
             "skipped_steps": run.totals.skipped_steps,
+            "failed_checkpoints": run.totals.failed_checkpoints,
             "epoch": run.step / run.steps_per_epoch,
         }
         run.write_row("train", row)
@@ -246,8 +256,7 @@ def evaluate_and_log(run: Run) -> None:
         )
         row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
     run.totals.eval_seconds += time.perf_counter() - begun
-    run.totals.evaluation = {**row, "images": result.images, "step": run.step}
-    run.totals.best_top1 = max(run.totals.best_top1, row["top1"])
+    run.totals.add_evaluation(row, images=result.images, step=run.step)
     run.write_row("eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
     told = "; ".join(
         f"{'averaged weights ' if prefix else ''}top-1 {row[prefix + 'top1']:.2f} %, loss {row[prefix + 'loss']:.4f}"

@@ -41,10 +41,13 @@ def summarize(run: Run) -> dict[str, Any]:
         "device": run.world.device.type,
         **{f"eval_{name}": value for name, value in totals.evaluation.items()},
         "best_top1": totals.best_top1,
+        "best_step": totals.best_step,
         "eval_forward_bits": run.eval_forward_bits,
         "images_per_second": totals.images / totals.train_seconds,
         "train_seconds": totals.train_seconds,
         "eval_seconds": totals.eval_seconds,
+        "save_seconds": totals.save_seconds,
+        "failed_checkpoints": totals.failed_checkpoints,
         "data_wait_fraction": totals.data_seconds / totals.train_seconds,
         "bits": {
             channel: dict(zip(("min", "mean", "max"), totals.bits(channel), strict=True))
@@ -75,7 +78,7 @@ def render_summary(summary: dict[str, Any]) -> str:
         "speed": f"{summary['images_per_second']:.1f} images/s over {summary['ranks']} rank{'s' * (summary['ranks'] > 1)} on "
         f"{summary['device']}, {100 * summary['data_wait_fraction']:.1f} % of it waiting for images",
         "time": f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
-        f"evaluation {summary['eval_seconds']:.0f} s",
+        f"evaluation {summary['eval_seconds']:.0f} s, standing still for checkpoints {_saving(summary)}",
         "bits (min/mean/max)": bits,
         "gradient bytes sent": _sent(summary),
         "gradient exchange": _exchange(summary),
@@ -86,8 +89,16 @@ def render_summary(summary: dict[str, Any]) -> str:
     }
     if summary["skipped_steps"]:
         rows["skipped steps"] = f"{summary['skipped_steps']} with a non-finite gradient"
+    if summary["failed_checkpoints"]:
+        rows["failed checkpoints"] = f"{summary['failed_checkpoints']} could not be written; the log says why"
     width = max(map(len, rows))
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()) + "\n"
+
+
+def _saving(summary: dict[str, Any]) -> str:
+    seconds = summary["save_seconds"]
+    share = seconds / (summary["train_seconds"] + summary["eval_seconds"] + seconds)
+    return f"{seconds:.2g} s ({100 * share:.2g} %)"
 
 
 def _sent(summary: dict[str, Any]) -> str:

@@ -13,19 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 from cyclebnn_dist.buffers import averaged_buffers, load_buffers, model_state, persistent_buffers
-from cyclebnn_dist.checkpoint import Snapshot, read_meta, read_own, read_shared, save_checkpoint
+from cyclebnn_dist.checkpoint import Snapshot, read_meta, read_own, read_shared
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.world import all_succeed
 
 log = logging.getLogger(__name__)
 
 
-def save(run: Run) -> Path:
-    """Collective: every rank calls this. Write a checkpoint of the run at its current step; changes no state."""
+def take_snapshot(run: Run) -> Snapshot:
+    """Collective: every rank calls this. The state of the run at its current step, not copied; changes none of it."""
     main = run.world.is_main
     buffers = averaged_buffers(run.model, world=run.world)
     ema_buffers = averaged_buffers(run.ema.module, world=run.world) if run.ema else {}
-    snapshot = Snapshot(
+    evaluated = run.totals.evaluation.get("step") == run.step
+    return Snapshot(
         step=run.step,
         model=model_state(run.model, buffers) if main else {},
         ema=model_state(run.ema.module, ema_buffers) if main and run.ema else {},
@@ -43,12 +44,9 @@ def save(run: Run) -> Path:
             "steps_per_epoch": run.steps_per_epoch,
             "eval_forward_bits": run.eval_forward_bits,
             "comm_verdict": run.verdict.state_dict() if run.verdict else None,
+            "evaluation": run.totals.evaluation if evaluated else None,
         },
     )
-    folder = save_checkpoint(
-        run.run_dir, snapshot, recipe=run.recipe, world=run.world, keep=run.recipe.run.keep_checkpoints
-    )
-    return folder
 
 
 def restore(run: Run, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.binary import Health
+from cyclebnn_dist.checkpoint import Saver
 from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.comm.breakeven import Mode
 from cyclebnn_dist.comm.verdict import Verdict
@@ -47,6 +48,7 @@ class Run:
     wandb: WandbRun
     preemption: PreemptionFlag
     watchdog: Watchdog
+    saver: Saver
     total_steps: int
     steps_per_epoch: int
     eval_forward_bits: int
@@ -57,7 +59,9 @@ class Run:
     step: int = 0
     """Finished optimizer steps, skipped ones included."""
 
-    def write_row(self, kind: Literal["train", "eval", "health"], row: dict[str, float]) -> None:
+    def write_row(
+        self, kind: Literal["train", "eval", "health", "checkpoint"], row: dict[str, float]
+    ) -> None:
         """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 has them)."""
         if self.journal is not None:
             self.journal.write({"event": kind, "step": self.step, **row})

@@ -4,7 +4,7 @@ run_dir/
   recipe.yaml       the resolved recipe; what makes the folder a run's
   layers.txt        what was swapped and why not
   comm.json         what comm.mode=auto took, for how many ranks, and what was measured
-  checkpoints/      see checkpoint.py
+  checkpoints/      see checkpoint/__init__.py
   metrics.jsonl     one row every few steps; see metrics/journal.py
   wandb/            Weights & Biases; its run id in wandb_run_id
   summary.json      written at the end, for programs
@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cyclebnn_dist import disk
 from cyclebnn_dist.config import (
     SAVED_NAME,
     Recipe,
@@ -44,8 +47,9 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
     nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise RecipeError("run.dir", f"{nearest} is a file", "name a folder that may be created")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RecipeError("run.dir", f"{nearest} may not be written", "name a folder on a disk that may be")
+    for path in (nearest, run_dir / "checkpoints"):
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+            raise RecipeError("run.dir", f"{path} may not be written", "name a folder on a disk that may be")
     saved = run_dir / SAVED_NAME
     if saved.exists():
         resume_differences(load_saved(saved), recipe)
@@ -61,6 +65,22 @@ def check_run_folder(run_dir: Path, recipe: Recipe) -> None:
             f"{run_dir} holds {foreign[0]} and no {SAVED_NAME}, so it is not the folder of a run",
             "name a new or empty folder",
         )
+
+
+@contextmanager
+def refusing_bad_disk(run_dir: Path) -> Iterator[None]:
+    """Within it, a disk that does not take what a run needs to begin is the user's to mend.
+
+    Raises:
+        RecipeError: naming the file, what the system says, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not disk.is_about_disk(error):
+            raise
+        path = error.filename or run_dir
+        raise RecipeError("run.dir", f"{path}: {disk.cause(error)}", disk.cure(error.errno)) from error
 
 
 def finished_summary(run_dir: Path, recipe: Recipe) -> str | None:

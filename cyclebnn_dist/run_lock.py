@@ -45,8 +45,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             if held:
-                (run_dir / OWNER).unlink(missing_ok=True)
-                _clear(run_dir)
+                with contextlib.suppress(OSError):  # a disk that may only be read by now keeps its files
+                    (run_dir / OWNER).unlink(missing_ok=True)
+                    _clear(run_dir)
                 lock.release()
     finally:
         for path in made:

@@ -16,7 +16,7 @@ from cyclebnn_dist import loop, resume
 from cyclebnn_dist.agreement import Agreement
 from cyclebnn_dist.batching import per_rank_batch, steps_per_epoch, total_steps
 from cyclebnn_dist.binary import Health, parameter_kinds, scheduled_precision
-from cyclebnn_dist.checkpoint import newest_checkpoint, read_meta
+from cyclebnn_dist.checkpoint import Saver, newest_checkpoint, read_meta
 from cyclebnn_dist.comm import Reducer, build_reducer
 from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
@@ -37,9 +37,11 @@ from cyclebnn_dist.run_folder import (
     claim_run_folder,
     finished_summary,
     read_verdict,
+    refusing_bad_disk,
     write_verdict,
 )
 from cyclebnn_dist.run_lock import run_lock
+from cyclebnn_dist.saving import SaveError
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
@@ -53,7 +55,8 @@ def main(recipe: Recipe) -> int:
     """Collective: every rank calls this. Train to the end, or to a pre-emption, from wherever the run stands.
 
     Returns:
-        FINISHED, or PREEMPTED if a signal asked to stop and a checkpoint was written.
+        FINISHED, PREEMPTED if a signal asked to stop and a checkpoint was written, or FAILED if that or the last
+        checkpoint could not be.
 
     Raises:
         RecipeError: on every rank, for what the user can mend. The run folder is then as it was, unless training had
@@ -67,6 +70,10 @@ def main(recipe: Recipe) -> int:
         status = run_recipe(recipe, world)
     except RecipeError:
         raise
+    except SaveError as error:
+        if world.is_main:
+            log.error("%s", error)
+        status = FAILED
     except Exception as error:
         if world.size == 1:
             raise
@@ -86,7 +93,12 @@ def run_recipe(recipe: Recipe, world: World) -> int:
         log.info("this run is finished already\n%s", finished)
         return FINISHED
     with ExitStack() as stack:
-        on_main(world, lambda: stack.enter_context(run_lock(run_dir)))
+
+        def lock() -> None:
+            with refusing_bad_disk(run_dir):
+                stack.enter_context(run_lock(run_dir))
+
+        on_main(world, lock)
         return go_on(recipe, world, run_dir=run_dir)
 
 
@@ -100,6 +112,9 @@ def go_on(recipe: Recipe, world: World, *, run_dir: Path) -> int:
     announce(run)
     try:
         ended = loop.train(run)
+    except SaveError:
+        close(run)
+        raise
     finally:
         run.watchdog.close()
     if ended == "preempted":
@@ -202,9 +217,10 @@ def assemble(
     eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
 
     def claim() -> int:
-        life = claim_run_folder(run_dir, recipe, swap_report.render())
-        if verdict:
-            write_verdict(run_dir, verdict.state_dict())
+        with refusing_bad_disk(run_dir):
+            life = claim_run_folder(run_dir, recipe, swap_report.render())
+            if verdict:
+                write_verdict(run_dir, verdict.state_dict())
         return life
 
     life = on_main(world, claim)
@@ -228,6 +244,7 @@ def assemble(
         wandb=WandbRun(run_dir, recipe.wandb, recipe=to_dict(recipe), enabled=world.is_main),
         preemption=PreemptionFlag().install(),
         watchdog=Watchdog(recipe.run.progress_timeout_seconds),
+        saver=Saver(run_dir, recipe=recipe, world=world, newest=checkpoint),
         total_steps=run_steps,
         steps_per_epoch=epoch_steps,
         eval_forward_bits=recipe.eval.forward_bits or precision.forward.high,
@@ -323,6 +340,7 @@ def close(run: Run, *, finish_wandb: bool = True) -> None:
     run.train_loader.close()
     run.eval_loader.close()
     run.reducer.close()
+    run.saver.close()
     run.preemption.uninstall()
     if run.journal:
         run.journal.close()

@@ -13,7 +13,7 @@ from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_saved
 from cyclebnn_dist.run_folder import JOURNAL, SUMMARY_JSON, finished_summary
 
 TAIL_BYTES = 1 << 16
-QUIET_ROWS = ("start", "health")
+QUIET_ROWS = ("start", "health", "checkpoint")
 """Rows of the journal that say little about how far a run is."""
 
 
@@ -50,7 +50,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def newest_step(run_dir: Path) -> int | None:
-    """Return the step of the newest checkpoint that was published (see cyclebnn_dist/checkpoint.py), or None."""
+    """Return the step of the newest checkpoint that was published (see cyclebnn_dist/checkpoint), or None."""
     steps = [
         int(path.parent.name.removeprefix("step_"))
         for path in run_dir.glob("checkpoints/step_*/meta.json")

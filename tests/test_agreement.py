@@ -36,8 +36,9 @@ def exchange(rank, size, field, by_rank):
                 value + step if field == "step" else step,
                 widths=value if field == "widths" else digest("w"),
                 stop=step == 1 and field == "stop" and bool(value),
+                writing=step == 0 and field == "writing" and bool(value),
             )
-            stops.append(agreement.finish())
+            stops.append(tuple(agreement.finish()))
     except RuntimeError as error:
         return [*messages, str(error)]
     return stops
@@ -57,9 +58,11 @@ def test_a_difference_stops_every_rank_and_names_who_differs_in_what(ranks, fiel
         assert f"{values[1]} on rank 1" in message
 
 
-def test_ranks_that_agree_go_on_and_one_request_stops_all(ranks):
-    assert ranks(3, exchange, "none", [0, 0, 0]) == [[False, False]] * 3
-    assert ranks(3, exchange, "stop", [0, 1, 0]) == [[False, True]] * 3
+def test_ranks_that_agree_go_on_and_what_one_asks_or_does_all_know(ranks):
+    nothing, stop, writing = (False, False), (True, False), (False, True)
+    assert ranks(3, exchange, "none", [0, 0, 0]) == [[nothing, nothing]] * 3
+    assert ranks(3, exchange, "stop", [0, 1, 0]) == [[nothing, stop]] * 3
+    assert ranks(3, exchange, "writing", [0, 0, 1]) == [[writing, nothing]] * 3
 
 
 def fall_behind(rank, size):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from disks import fill, small_disk
 
 from cyclebnn_dist.config import WandbConfig
 from cyclebnn_dist.metrics import Journal, Totals, WandbRun, read_journal
+from cyclebnn_dist.metrics import journal as journal_module
 from cyclebnn_dist.metrics.wandb_run import resolve_mode
 from cyclebnn_dist.precision.schedule import Widths
 
@@ -67,6 +69,39 @@ def test_every_row_is_json_for_strict_readers(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert (row["loss"], row["grad_norm"], row["lr"]) == (None, None, 0.1)
+
+
+def test_rows_wait_for_a_full_disk_and_none_is_torn_or_lost(tmp_path, caplog):
+    with small_disk(tmp_path / "disk", megabytes=1) as folder:
+        journal = Journal(folder, life=1)
+        journal.write({"event": "train", "step": 0})
+        filling = fill(folder)
+        for step in range(1, 1000):
+            journal.write({"event": "train", "step": step})
+        assert len(read_journal(folder)) < 1000
+        filling.unlink()
+        journal.write({"event": "train", "step": 1000})
+        assert [row["step"] for row in read_journal(folder)] == list(range(1001))
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == 2
+        assert told[0].startswith(f"{folder / 'metrics.jsonl'}: No space left on device; ")
+        assert told[1].endswith("can be written again")
+        journal.close()
+
+
+def test_of_too_many_waiting_rows_the_newest_are_kept_and_the_loss_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(journal_module, "MAX_WAITING_ROWS", 300)
+    with small_disk(tmp_path / "disk", megabytes=1) as folder:
+        journal = Journal(folder, life=1)
+        filling = fill(folder)
+        for step in range(1000):
+            journal.write({"event": "train", "step": step})
+        kept = (folder / "metrics.jsonl").read_text().count("\n")
+        filling.unlink()
+        journal.close()
+        steps = [row["step"] for row in read_journal(folder)]
+        assert steps == [*range(kept + 1), *range(1000 - 299, 1000)]
+        assert f"; {1000 - len(steps)} rows are lost" in caplog.text
 
 
 def test_a_run_goes_on_when_wandb_does_not(tmp_path, caplog):

@@ -42,9 +42,13 @@ class RunConfig:
     health_every: int = 100
     """Steps between two rows about the binary layers: sign flips, saturated inputs, latent magnitude; 0 means never."""
     save_every: int = 500
-    """Steps between two checkpoints; one is always written at the end."""
+    """Steps between two checkpoints, written while training goes on; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest complete checkpoints stay on disk (at least 1)."""
+    keep_every: int = 0
+    """Steps between two checkpoints that are written in any case and stay on disk for good; 0 means none."""
+    keep_best: bool = True
+    """Write a checkpoint at an evaluation better than all before, and keep the best one beside the newest."""
     extend_epochs: bool = False
     """Allow a resumed run more train.epochs than it began with, although that changes every schedule."""
     collective_timeout_seconds: float = 1800.0

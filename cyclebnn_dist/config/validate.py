@@ -17,6 +17,8 @@ MAY_CHANGE = frozenset(
         "binary.recompute",
         "run.save_every",
         "run.keep_checkpoints",
+        "run.keep_every",
+        "run.keep_best",
         "run.extend_epochs",
         "run.collective_timeout_seconds",
         "run.progress_timeout_seconds",
@@ -152,7 +154,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs run.health_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",

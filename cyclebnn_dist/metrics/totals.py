@@ -27,8 +27,14 @@ class Totals:
     """Part of it spent in the exchanges by which ranks agree, waiting for slower ranks included."""
     eval_seconds: float = 0.0
     """Time in evaluation."""
+    save_seconds: float = 0.0
+    """Time that training stood still for checkpoints."""
+    failed_checkpoints: int = 0
+    """Checkpoints that could not be written."""
     best_top1: float = 0.0
     """Best validation accuracy so far, in percent."""
+    best_step: int = -1
+    """The step it was reached at; -1 before any."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """The newest evaluation: top1 and top5 in percent, loss, images, step."""
 
@@ -49,6 +55,12 @@ class Totals:
         self.data_seconds += data_seconds
         self.agreement_seconds += agreement_seconds
         self.skipped_steps += int(skipped)
+
+    def add_evaluation(self, row: dict[str, float], *, images: int, step: int) -> None:
+        """Keep an evaluation as the newest, and as the best if its top-1 is."""
+        self.evaluation = {**row, "images": images, "step": step}
+        if self.best_step < 0 or row["top1"] > self.best_top1:
+            self.best_top1, self.best_step = row["top1"], step
 
     def bits(self, channel: str) -> tuple[int, float, int]:
         """Smallest, mean and largest width in bits of ``forward``, ``backward`` or ``communication``."""

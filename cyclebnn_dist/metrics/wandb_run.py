@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,15 +29,13 @@ class WandbRun:
     """
 
     def __init__(self, run_dir: Path, config: WandbConfig, *, recipe: dict[str, Any], enabled: bool) -> None:
+        self._warned = False
         mode = resolve_mode(config.mode) if enabled else "disabled"
         if mode == "disabled":
             self._run = wandb.init(mode="disabled")
             return
-        id_file = run_dir / ID_FILE
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8] + "\n")
         arguments: dict[str, Any] = {
-            "id": id_file.read_text().strip(),
+            "id": _run_id(run_dir / ID_FILE),
             "project": config.project,
             "entity": config.entity or None,
             "group": config.group or None,
@@ -52,18 +52,44 @@ class WandbRun:
 
     def log(self, row: dict[str, Any], *, step: int) -> None:
         """Log one row of numbers at a step."""
-        self._run.log({STEP: step, **row})
+        with self._warning():
+            self._run.log({STEP: step, **row})
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Set values of the run's summary."""
-        self._run.summary.update(values)
+        with self._warning():
+            self._run.summary.update(values)
 
     def mark_preempting(self) -> None:
         """Tell the server that this run will come back."""
         self._run.mark_preempting()
 
     def finish(self) -> None:
-        self._run.finish()
+        with self._warning():
+            self._run.finish()
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Within it, whatever goes wrong is told once; metrics.jsonl has everything."""
+        try:
+            yield
+        except Exception as error:
+            if not self._warned:
+                log.warning("Weights & Biases takes no more of this run: %s", error)
+            self._warned = True
+
+
+def _run_id(path: Path) -> str:
+    """The id of a run: that in the file, else a new one, which is kept there if the disk takes it."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        run_id = uuid.uuid4().hex[:8]
+    try:
+        path.write_text(run_id + "\n")
+    except OSError as error:
+        log.warning("%s: %s; a later start will be another run of Weights & Biases", path, error.strerror)
+    return run_id
 
 
 def _start(mode: Literal["online", "offline", "disabled"], arguments: dict[str, Any]) -> wandb.Run:
