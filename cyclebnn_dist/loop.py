@@ -21,8 +21,9 @@ from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.losses import kurtosis_penalty
 from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.precision.schedule import Widths
+from cyclebnn_dist.preempt import Preempted
 from cyclebnn_dist.run import Run
-from cyclebnn_dist.world import mean_in_rank_order
+from cyclebnn_dist.world import largest_over_ranks, mean_in_rank_order
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,19 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
     """
     config = run.recipe.run
-    eval_every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
     window = Window(run)
-    skipped_in_a_row = 0
     run.health.begin(run.step)
     run.watchdog.saw(f"step {run.step}")
+    if run.vote.take():
+        return "preempted"
+    if evaluation_due(run):  # an earlier life left it, to save in time
+        if not evaluate_and_log(run):
+            return "preempted"
+        resume.save(run)
+        run.watchdog.saw(f"the checkpoint of step {run.step}")
     while run.step < run.total_steps:
         result = train_step(run)
+        run.preemption.first_step_done()
         run.step += 1
         run.watchdog.saw(f"step {run.step}")
         last = run.step == run.total_steps
@@ -68,7 +75,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
             agreement_seconds=result.agreement_seconds,
             skipped=result.skipped,
         )
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        skipped_in_a_row = run.totals.skipped_in_a_row
         if skipped_in_a_row >= run.recipe.train.max_skipped_steps:
             raise RuntimeError(
                 f"non-finite gradients in {skipped_in_a_row} steps in a row, "
@@ -84,14 +91,22 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         check_every = run.recipe.comm.check_every
         if check_every and run.step % check_every == 0:
             compare_parameters(run.model, world=run.world, step=run.step)
-        if (run.step % eval_every == 0 and not result.stop) or last:
-            evaluate_and_log(run)
-        if run.step % config.save_every == 0 or last or result.stop:
+        stop = result.stop
+        if not stop and evaluation_due(run):
+            stop = not evaluate_and_log(run) or (run.vote.agreed and not last)
+        if run.step % config.save_every == 0 or last or stop:
             resume.save(run)
             run.watchdog.saw(f"the checkpoint of step {run.step}")
-        if result.stop and not last:
+        if stop:
             return "preempted"
     return "finished"
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether the run stands at a step that ends with an evaluation, and has not had it."""
+    every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
+    due = run.step > 0 and (run.step % every == 0 or run.step == run.total_steps)
+    return due and run.totals.evaluation.get("step") != run.step
 
 
 def train_step(run: Run) -> StepResult:
@@ -231,19 +246,29 @@ def report_health(run: Run, result: StepResult) -> None:
             log.warning("step %d: %s", run.step, warning)
 
 
-def evaluate_and_log(run: Run) -> None:
-    """Collective: every rank calls this. Evaluate the model (and the averaged one) and write the result."""
+def evaluate_and_log(run: Run) -> bool:
+    """Collective: every rank calls this. Evaluate the model (and the averaged one) and write the result.
+
+    Returns:
+        False, on every rank and with nothing written, if a signal had the ranks leave it between two batches.
+    """
     begun = time.perf_counter()
     models = {"": run.model, **({"ema_": run.ema.module} if run.ema else {})}
+    (rounds,) = largest_over_ranks(run.world, [len(run.eval_loader)])
     row: dict[str, float] = {}
     for prefix, model in models.items():
-        result = evaluate(
-            model,
-            run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch"),
-            world=run.world,
-            forward_bits=run.eval_forward_bits,
-            amp=run.recipe.train.amp,
-        )
+        batches = run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch")
+        try:
+            result = evaluate(
+                model,
+                run.vote.over(batches, rounds=int(rounds)),
+                world=run.world,
+                forward_bits=run.eval_forward_bits,
+                amp=run.recipe.train.amp,
+            )
+        except Preempted:
+            log.warning("the evaluation at step %d is left; the next start does it again", run.step)
+            return False
         row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
     run.totals.eval_seconds += time.perf_counter() - begun
     run.totals.evaluation = {**row, "images": result.images, "step": run.step}
@@ -254,3 +279,4 @@ def evaluate_and_log(run: Run) -> None:
         for prefix in models
     )
     log.info("evaluation at step %d, forward %d bits: %s", run.step, run.eval_forward_bits, told)
+    return True

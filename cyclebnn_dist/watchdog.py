@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from cyclebnn_dist.exit_status import FAILED
+
 T = TypeVar("T")
 
-FAILED = 1
 GRACE_SECONDS = 30.0
 STDERR = 2
 

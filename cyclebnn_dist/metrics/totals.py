@@ -19,6 +19,8 @@ class Totals:
     """How many steps ran at which widths."""
     skipped_steps: int = 0
     """Steps whose update was skipped for a non-finite gradient."""
+    skipped_in_a_row: int = 0
+    """The newest of them: steps since the last update."""
     train_seconds: float = 0.0
     """Time in training steps, without evaluation and saving."""
     data_seconds: float = 0.0
@@ -49,6 +51,7 @@ class Totals:
         self.data_seconds += data_seconds
         self.agreement_seconds += agreement_seconds
         self.skipped_steps += int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def bits(self, channel: str) -> tuple[int, float, int]:
         """Smallest, mean and largest width in bits of ``forward``, ``backward`` or ``communication``."""
