@@ -19,7 +19,9 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.losses import kurtosis_penalty
+from cyclebnn_dist.metrics import SlowRankReport
 from cyclebnn_dist.optimizer import learning_rate
+from cyclebnn_dist.own_time import OwnTime
 from cyclebnn_dist.precision.schedule import Widths
 from cyclebnn_dist.preempt import Preempted
 from cyclebnn_dist.run import Run
@@ -41,6 +43,7 @@ class StepResult:
     seconds: float
     data_seconds: float
     agreement_seconds: float
+    own_seconds: float
 
 
 def train(run: Run) -> Literal["finished", "preempted"]:
@@ -51,7 +54,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
     """
     config = run.recipe.run
-    window = Window(run)
+    window, slow_ranks = Window(run), SlowRankReport(run.world)
     run.health.begin(run.step)
     run.watchdog.saw(f"step {run.step}")
     if run.vote.take():
@@ -84,7 +87,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
             )
         window.add(result)
         if run.step % config.log_every == 0 or last:
-            window.report(run, result)
+            window.report(run, result, slow_ranks=slow_ranks)
             window = Window(run)
         if run.health.due(run.step):
             report_health(run, result)
@@ -112,6 +115,8 @@ def evaluation_due(run: Run) -> bool:
 def train_step(run: Run) -> StepResult:
     """Collective: every rank calls this. One optimizer step at ``run.step``."""
     begun, agreed_before = time.perf_counter(), run.agreement.seconds
+    own_time = OwnTime(run.world.device)
+    own_time.begin()
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
     lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
@@ -148,6 +153,7 @@ def train_step(run: Run) -> StepResult:
                 run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
             )
             if last:
+                own_time.end()
                 stop = run.agreement.finish()
             run.engine.backward(loss / accumulation)
         total_loss += loss.detach() / accumulation
@@ -166,6 +172,7 @@ def train_step(run: Run) -> StepResult:
         seconds=time.perf_counter() - begun,
         data_seconds=data_seconds,
         agreement_seconds=run.agreement.seconds - agreed_before,
+        own_seconds=own_time.seconds(),
     )
 
 
@@ -189,6 +196,7 @@ class Window:
         self._seconds = 0.0
         self._data_seconds = 0.0
         self._agreement_seconds = 0.0
+        self._own_seconds = 0.0
         self._exchange_seconds = run.reducer.counters.seconds()
 
     def add(self, result: StepResult) -> None:
@@ -196,8 +204,9 @@ class Window:
         self._seconds += result.seconds
         self._data_seconds += result.data_seconds
         self._agreement_seconds += result.agreement_seconds
+        self._own_seconds += result.own_seconds
 
-    def report(self, run: Run, result: StepResult) -> None:
+    def report(self, run: Run, result: StepResult, *, slow_ranks: SlowRankReport) -> None:
         """Collective: every rank calls this. Write one row about the window."""
         steps = run.step - self._first_step
         loss = mean_in_rank_order(run.world, (self._loss / steps).cpu().reshape(1)).item()
@@ -217,6 +226,7 @@ class Window:
                 for name, total in run.reducer.counters.seconds().items()
             },
             "agreement_seconds": self._agreement_seconds / steps,
+            **slow_ranks.measure(own_seconds=self._own_seconds, data_seconds=self._data_seconds, steps=steps),
             "skipped_steps": run.totals.skipped_steps,
             "epoch": run.step / run.steps_per_epoch,
         }

@@ -27,12 +27,13 @@ from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, open_sou
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED
 from cyclebnn_dist.logs import configure_logging
-from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun, begin_world
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision.schedule import Schedule, build_schedule
 from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
-from cyclebnn_dist.report import summarize, write_summary
+from cyclebnn_dist.report import running_totals, summarize, write_summary
+from cyclebnn_dist.roll_call import call_roll
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import (
     check_run_folder,
@@ -99,7 +100,10 @@ def end_at_once(error: BaseException, world: World) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         logging.shutdown()
         os._exit(INTERRUPTED)
-    log.error("rank %d of %d ends: %s", world.rank, world.size, error, exc_info=error)
+    log.error("%s, of %d ranks, ends: %s", world.name(world.rank), world.size, error, exc_info=error)
+    about_others = call_roll(world, error)
+    if about_others:
+        log.error("%s: %s", world.name(world.rank), about_others)
     logging.shutdown()
     os._exit(FAILED)
 
@@ -144,6 +148,7 @@ def go_on(recipe: Recipe, world: World, *, run_dir: Path, preemption: Preemption
     )
     if checkpoint:
         resume.restore(run, checkpoint)
+    begin_world(run.totals.worlds, ranks=world.size, device=world.device.type, totals=running_totals(run))
     announce(run)
     try:
         ended = loop.train(run)

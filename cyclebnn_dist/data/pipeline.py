@@ -19,6 +19,7 @@ from nvidia.dali import math, pipeline_def
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import augment, jitter
 from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
+from cyclebnn_dist.data.generated_code import remove_generated_code
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def build_pipeline(
             prefetch_queue_depth=config.prefetch,
         )
         pipeline.build()
+    remove_generated_code()
     for warning in caught:
         # DALI's augmentations use its own deprecated names, and it overrides the filters.
         if not issubclass(warning.category, DeprecationWarning):

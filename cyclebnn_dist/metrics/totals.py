@@ -33,6 +33,8 @@ class Totals:
     """Best validation accuracy so far, in percent."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """The newest evaluation: top1 and top5 in percent, loss, images, step."""
+    worlds: list[dict[str, Any]] = field(default_factory=list)
+    """Where the number of ranks changed, see worlds.py."""
 
     def add_step(
         self,
