@@ -86,6 +86,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
                 "or raise precision.*.low"
             )
         window.add(result)
+        slow_ranks.add(own_seconds=result.own_seconds, data_seconds=result.data_seconds)
         if run.step % config.log_every == 0 or last:
             window.report(run, result, slow_ranks=slow_ranks)
             window = Window(run)
@@ -196,7 +197,6 @@ class Window:
         self._seconds = 0.0
         self._data_seconds = 0.0
         self._agreement_seconds = 0.0
-        self._own_seconds = 0.0
         self._exchange_seconds = run.reducer.counters.seconds()
 
     def add(self, result: StepResult) -> None:
@@ -204,7 +204,6 @@ class Window:
         self._seconds += result.seconds
         self._data_seconds += result.data_seconds
         self._agreement_seconds += result.agreement_seconds
-        self._own_seconds += result.own_seconds
 
     def report(self, run: Run, result: StepResult, *, slow_ranks: SlowRankReport) -> None:
         """Collective: every rank calls this. Write one row about the window."""
@@ -226,7 +225,7 @@ class Window:
                 for name, total in run.reducer.counters.seconds().items()
             },
             "agreement_seconds": self._agreement_seconds / steps,
-            **slow_ranks.measure(own_seconds=self._own_seconds, data_seconds=self._data_seconds, steps=steps),
+            **slow_ranks.report(),
             "skipped_steps": run.totals.skipped_steps,
             "epoch": run.step / run.steps_per_epoch,
         }

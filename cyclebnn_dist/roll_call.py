@@ -42,6 +42,10 @@ def _ask(world: World, error: BaseException) -> str:
             silent -= {rank for rank in silent if store.check([str(rank)])}
             time.sleep(0.1)
         answers = sorted(json.loads(store.get(str(rank))) for rank in {*range(world.size)} - silent)
+        heard = store.add("heard", 1)
+        while world.is_main and heard < len(answers) and time.monotonic() < deadline:
+            heard = store.add("heard", 0)
+            time.sleep(0.05)
     except RuntimeError:
         return _keeper_is_gone(world)
     if silent:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 
 import pytest
 import torch
@@ -39,6 +40,12 @@ def final_states(run_dir):
     return folder.name, {path.name: load_file(path) for path in folder.glob("*.safetensors")}
 
 
+def newest_log(run_dir, *, rank):
+    """What a rank of the newest start has logged."""
+    logs = (run_dir / "submitit").glob(f"*_{rank}_log.out")
+    return max(logs, key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
 def assert_same_final_state(run_dir, other):
     name, expected = final_states(run_dir)
     again_name, found = final_states(other)
@@ -64,6 +71,8 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
         assert status == 1, output
         assert f"rank {rank}" in output, f"life {life}: the message does not name the killed rank\n{output}"
         assert wait_until(lambda pids=pids: not alive(pids), seconds=30), "siblings of a killed rank live on"
+        survivor = newest_log(killed.run_dir, rank=0 if rank else 1)
+        assert f"nothing is heard of rank {rank} on {socket.gethostname()}" in survivor
     resumed = start("killed", ranks=ranks)
     status, output = resumed.wait(seconds=240)
     assert status == 0, output
@@ -108,7 +117,9 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(start):
     assert status == 1, output
     logs = "".join(path.read_text() for path in (run.run_dir / "submitit").rglob("*0_log.*"))
     assert "nothing was finished for 4 s (run.progress_timeout_seconds) since step " in logs
+    assert f"on {socket.gethostname()}, ends" in logs
     assert "cyclebnn_dist/loop.py" in logs, "where it stood"
+    assert logs.count("Thread 0x") + logs.count("thread 0x") > 2, "of every thread"
 
 
 @pytest.mark.long

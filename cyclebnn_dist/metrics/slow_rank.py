@@ -15,6 +15,10 @@ SLOW_RATIO = 1.2
 WINDOWS = 3
 """How many windows in a row make it persistent. Warnings come at so many windows, at twice as many, four times, ..."""
 
+FIRST_STEPS = 2
+"""Steps of a life that say nothing: the first compiles, and in the second's forward pass DDP has ranks meet, to regroup
+its buckets."""
+
 
 @dataclass(frozen=True)
 class Slowest:
@@ -47,18 +51,30 @@ class SlowRankReport:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._place = ""
-        self._windows = 0
-        self._steps = 0
+        self._steps_of_life = 0
+        self._own_seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        self._slow_place, self._slow_windows, self._slow_steps = "", 0, 0
 
-    def measure(self, *, own_seconds: float, data_seconds: float, steps: int) -> dict[str, float]:
-        """Collective: every rank calls this. The numbers of a row of metrics.jsonl about a window of ``steps``.
+    def add(self, *, own_seconds: float, data_seconds: float) -> None:
+        """Count one step of this rank.
 
         Args:
-            own_seconds: this rank's in the window, see ``OwnTime``.
+            own_seconds: see ``OwnTime``.
             data_seconds: the part of it that was waiting for images.
         """
-        times = gather_objects(self._world, (own_seconds / steps, data_seconds / steps))
+        self._steps_of_life += 1
+        if self._steps_of_life > FIRST_STEPS:
+            self._own_seconds += own_seconds
+            self._data_seconds += data_seconds
+            self._steps += 1
+
+    def report(self) -> dict[str, float]:
+        """Collective: every rank calls this. What a row of metrics.jsonl says of the steps since the last report."""
+        steps = self._steps
+        if not steps:
+            return {}
+        times = gather_objects(self._world, (self._own_seconds / steps, self._data_seconds / steps))
+        self._own_seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
         slowest = find_slowest([own for own, _ in times], [data for _, data in times])
         self._watch(slowest, steps=steps)
         return {
@@ -73,11 +89,11 @@ class SlowRankReport:
         place = world.hosts[slowest.rank] if len(set(world.hosts)) > 1 else f"rank {slowest.rank}"
         if slowest.ratio < SLOW_RATIO:
             place = ""
-        if place != self._place:
-            self._place, self._windows, self._steps = place, 0, 0
-        self._windows += 1
-        self._steps += steps
-        doublings, rest = divmod(self._windows, WINDOWS)
+        if place != self._slow_place:
+            self._slow_place, self._slow_windows, self._slow_steps = place, 0, 0
+        self._slow_windows += 1
+        self._slow_steps += steps
+        doublings, rest = divmod(self._slow_windows, WINDOWS)
         if place and world.is_main and not rest and doublings & (doublings - 1) == 0:
             cause = "waiting for images" if slowest.data_share > 0.5 else "computing"
             log.warning(
@@ -86,7 +102,7 @@ class SlowRankReport:
                 world.name(slowest.rank),
                 slowest.seconds,
                 slowest.ratio,
-                self._windows,
-                self._steps,
+                self._slow_windows,
+                self._slow_steps,
                 cause,
             )
