@@ -13,13 +13,13 @@ import time
 
 import pytest
 import torch
-from launching import ROOT, TINY_RECIPE
+from launching import ROOT, TINY_RECIPE, Launched
 from safetensors.torch import load_file
 from worlds import make_world
 
 from cyclebnn_dist import checkpoint, run_lock, train
 from cyclebnn_dist.comm import verdict
-from cyclebnn_dist.config import RecipeError, load_recipe
+from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
 from cyclebnn_dist.data import EvalLoader
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.exit_status import FINISHED, INTERRUPTED, PREEMPTED
@@ -294,6 +294,53 @@ def test_a_start_that_hangs_inside_a_library_is_left(unmet, rank, numbers, statu
     assert said in errors
     assert (output == "requeued\n") == (USR2 in numbers)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("then", [TERM, USR2], ids=["TERM", "USR2"])
+def test_a_time_limit_under_submitit_starts_the_ranks_again_whatever_follows_the_warning(recipe_file, then):
+    run_dir = recipe_file.parent / "run"
+    started = Launched(recipe_file, run_dir, ranks=2)
+    try:
+        started.wait_for_step(2, seconds=120)
+        pids = started.rank_pids()
+        for number in (USR2, then):
+            for pid in pids.values():
+                os.kill(pid, number)
+        status, output = started.wait(seconds=200)
+    finally:
+        if not started.ended:
+            started.end()
+    assert status == FINISHED, output
+    assert "the ranks are started again and go on from the newest checkpoint" in output
+    assert "resuming from the checkpoint of step" in output
+    starts = [row for row in read_journal(run_dir) if row["event"] == "start"]
+    assert len(starts) == 2
+    assert starts[1]["step"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("executor", "status"),
+    [("slurm", FINISHED), ("slurm", PREEMPTED), ("slurm", INTERRUPTED), ("slurm", 2), ("local", PREEMPTED)],
+)
+def test_slurm_sees_the_status_and_a_local_launcher_the_outcome(monkeypatch, executor, status):
+    from launch import job
+
+    def main(recipe, *, preemption):
+        if status == 2:
+            raise RecipeError("data.path", "is not there", "mend it")
+        return status
+
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(job, "prepare_rank", lambda devices: None)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    monkeypatch.setenv("RANK", "0")
+    call = job.Job(to_dict(Recipe()), "runs/a")
+    if executor == "slurm" and status != FINISHED:
+        with pytest.raises(SystemExit) as ended:
+            call()
+        assert ended.value.code == status
+    else:
+        assert call().status == status
 
 
 def test_handlers_are_put_back_and_a_finished_listener_hears_nothing():
