@@ -31,6 +31,7 @@ from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun, begin_worl
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision.schedule import Schedule, build_schedule
+from cyclebnn_dist.peer_watch import watching_peers
 from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
 from cyclebnn_dist.report import running_totals, summarize, write_summary
 from cyclebnn_dist.roll_call import call_roll
@@ -151,7 +152,8 @@ def go_on(recipe: Recipe, world: World, *, run_dir: Path, preemption: Preemption
     begin_world(run.totals.worlds, ranks=world.size, device=world.device.type, totals=running_totals(run))
     announce(run)
     try:
-        ended = loop.train(run)
+        with watching_peers(world):
+            ended = loop.train(run)
     finally:
         run.watchdog.close()
     if ended == "preempted":
