@@ -30,8 +30,8 @@ from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun, begin_world
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
-from cyclebnn_dist.precision.schedule import Schedule, build_schedule
 from cyclebnn_dist.peer_watch import watching_peers
+from cyclebnn_dist.precision.schedule import Schedule, build_schedule
 from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
 from cyclebnn_dist.report import running_totals, summarize, write_summary
 from cyclebnn_dist.roll_call import call_roll

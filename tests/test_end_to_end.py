@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import time
 
 import pytest
 import torch
@@ -169,6 +170,18 @@ def test_ctrl_c_saves_on_every_rank_and_the_same_line_goes_on(start):
     status, output = again.wait(seconds=120)
     assert status == 0, output
     assert "resuming from the checkpoint of step" in output
+
+
+@pytest.mark.parametrize("seconds", [0.0, 4.0, 8.0])
+def test_ctrl_c_in_a_start_ends_it_in_a_word(start, seconds):
+    """While torch is imported, groups are formed, the model is built: whatever falls into these moments."""
+    stopped = start("run", ranks=2, overrides=("train.epochs=1000",))
+    assert wait_until(lambda: len(stopped.rank_pids()) == 2, seconds=60)
+    time.sleep(seconds)
+    stopped.interrupt()
+    status, output = stopped.wait(seconds=60)
+    assert status == 130, output
+    assert "Traceback" not in output
 
 
 def test_an_image_that_breaks_on_one_rank_is_named(start, tmp_path, tiny_data):
