@@ -95,6 +95,11 @@ class PreemptionFlag:
         return bool(self.received or self.of_others)
 
     @property
+    def in_start(self) -> bool:
+        """Whether a signal came and the first step has not: there is nothing to save."""
+        return self.requested and not self._begun.is_set()
+
+    @property
     def status(self) -> int:
         """The exit status that goes with the signals: INTERRUPTED where Ctrl-C was the only one."""
         return _status([*self.received, *self.of_others])

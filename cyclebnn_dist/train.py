@@ -91,16 +91,24 @@ def main(recipe: Recipe, *, preemption: PreemptionFlag | None = None) -> int:
             if world.size == 1:
                 raise
             # A lost peer leaves collectives behind that never end, and tearing the groups down would wait for them.
-            end_at_once(error, world)
+            end_at_once(error, world, asked_for=preemption.status if preemption.in_start else None)
         leave_world()
         return status
 
 
-def end_at_once(error: BaseException, world: World) -> NoReturn:
-    """End this rank of several without waiting for any other."""
+def end_at_once(error: BaseException, world: World, *, asked_for: int | None) -> NoReturn:
+    """End this rank of several without waiting for any other.
+
+    Args:
+        asked_for: the exit status, where a signal asked to leave a start; others have left it earlier, hence the error.
+    """
     if isinstance(error, KeyboardInterrupt):
         logging.shutdown()
         os._exit(INTERRUPTED)
+    if asked_for is not None:
+        log.warning("%s leaves the start: %s", world.name(world.rank), error)
+        logging.shutdown()
+        os._exit(asked_for)
     log.error("%s, of %d ranks, ends: %s", world.name(world.rank), world.size, error, exc_info=error)
     about_others = call_roll(world, error)
     if about_others:
