@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +12,15 @@ from pathlib import Path
 from cyclebnn_dist.bench.commands import add_bench_commands
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.data.commands import add_data_commands
+from cyclebnn_dist.exit_status import FAILED, INTERRUPTED, REFUSED
+from cyclebnn_dist.preempt import listening
 
-FAILED, REFUSED = 1, 2
 CONVENTION_NAMES = ("bireal", "elementwise", "bnext", "fvbitcore")
 OVERRIDES = "recipe keys to change, e.g. optim.lr=3e-4 precision.communication.low=2"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed, 2 refused, 75 pre-empted with a checkpoint."""
+    """Run one command and return its exit status, one of ``exit_status``."""
     options = build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
@@ -42,7 +42,7 @@ def _interruptible(run: Callable[[argparse.Namespace], int], options: argparse.N
         return run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -208,9 +208,14 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
-    from cyclebnn_dist import train
+    try:
+        with listening() as preemption:  # importing torch takes a while
+            from cyclebnn_dist import train
 
-    return train.main(recipe)
+            return train.main(recipe, preemption=preemption)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved stays", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -58,6 +58,7 @@ def evaluate(
     Raises:
         RecipeError: on every rank, naming the file: an image cannot be read.
         RuntimeError: a binary weight is not two-valued (see ``check_two_valued``).
+        Exception: whatever else ``batches`` raises, on every rank alike.
     """
     dtype = AUTOCAST_DTYPE.get(amp)
     counts = torch.zeros(3, dtype=torch.int64)
@@ -66,16 +67,18 @@ def evaluate(
     model.eval()
     set_widths(model, forward_bits=forward_bits, backward_bits=32)
     check_two_valued(model)
-    with using_buffers(model, averaged_buffers(model, world=world)):
-        for batch in refusable(batches, world=world):
-            with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
-                logits = model(batch.images)
-            logits = logits.float()
-            loss_sum += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = best == batch.labels[:, None]
-            counts += torch.tensor([hits[:, 0].sum(), hits.any(dim=1).sum(), len(batch.labels)])
-    model.train(was_training)
+    try:
+        with using_buffers(model, averaged_buffers(model, world=world)):
+            for batch in refusable(batches, world=world):
+                with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
+                    logits = model(batch.images)
+                logits = logits.float()
+                loss_sum += nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double().cpu()
+                best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+                hits = best == batch.labels[:, None]
+                counts += torch.tensor([hits[:, 0].sum(), hits.any(dim=1).sum(), len(batch.labels)])
+    finally:
+        model.train(was_training)
     top1, top5, images = sum_over_ranks(world, counts).tolist()
     loss = mean_in_rank_order(world, loss_sum).item() * world.size / images
     return Evaluation(top1=100.0 * top1 / images, top5=100.0 * top5 / images, loss=loss, images=images)

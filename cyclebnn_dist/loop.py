@@ -19,10 +19,13 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.losses import kurtosis_penalty
+from cyclebnn_dist.metrics import SlowRankReport
 from cyclebnn_dist.optimizer import learning_rate
+from cyclebnn_dist.own_time import OwnTime
 from cyclebnn_dist.precision.schedule import Widths
+from cyclebnn_dist.preempt import Preempted
 from cyclebnn_dist.run import Run
-from cyclebnn_dist.world import mean_in_rank_order
+from cyclebnn_dist.world import largest_over_ranks, mean_in_rank_order
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class StepResult:
     seconds: float
     data_seconds: float
     agreement_seconds: float
+    own_seconds: float
 
 
 def train(run: Run) -> Literal["finished", "preempted"]:
@@ -52,17 +56,22 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         RuntimeError: when ranks disagree, when one is lost, or after too many non-finite gradients in a row.
     """
     config = run.recipe.run
-    eval_every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
-    window = Window(run)
-    skipped_in_a_row = 0
+    window, slow_ranks = Window(run), SlowRankReport(run.world)
     run.health.begin(run.step)
     run.watchdog.saw(f"step {run.step}")
+    if run.vote.take():
+        return "preempted"
+    if evaluation_due(run):  # an earlier life left it, to save in time
+        if not evaluate_and_log(run):
+            return "preempted"
+        saving.save(run, wait=run.step == run.total_steps)
     while run.step < run.total_steps:
         try:
             result = train_step(run)
         except RecipeError:
             saving.settle(run)
             raise
+        run.preemption.first_step_done()
         run.step += 1
         run.watchdog.saw(f"step {run.step}")
         last = run.step == run.total_steps
@@ -75,7 +84,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
             agreement_seconds=result.agreement_seconds,
             skipped=result.skipped,
         )
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        skipped_in_a_row = run.totals.skipped_in_a_row
         if skipped_in_a_row >= run.recipe.train.max_skipped_steps:
             saving.settle(run)
             raise RuntimeError(
@@ -84,27 +93,38 @@ def train(run: Run) -> Literal["finished", "preempted"]:
                 "or raise precision.*.low"
             )
         window.add(result)
+        slow_ranks.add(own_seconds=result.own_seconds, data_seconds=result.data_seconds)
         if run.step % config.log_every == 0 or last:
-            window.report(run, result)
+            window.report(run, result, slow_ranks=slow_ranks)
             window = Window(run)
         if run.health.due(run.step):
             report_health(run, result)
         check_every = run.recipe.comm.check_every
         if check_every and run.step % check_every == 0:
             compare_parameters(run.model, world=run.world, step=run.step)
-        if (run.step % eval_every == 0 and not result.stop) or last:
+        stop = result.stop
+        if not stop and evaluation_due(run):
             saving.settle(run)
-            evaluate_and_log(run)
-        if saving.due(run) or last or result.stop:
-            saving.save(run, wait=last or result.stop)
-        if result.stop and not last:
+            stop = not evaluate_and_log(run) or (run.vote.agreed and not last)
+        if saving.due(run) or last or stop:
+            saving.save(run, wait=last or stop)
+        if stop:
             return "preempted"
     return "finished"
+
+
+def evaluation_due(run: Run) -> bool:
+    """Whether the run stands at a step that ends with an evaluation, and has not had it."""
+    every = max(1, round(run.recipe.eval.every_epochs * run.steps_per_epoch))
+    due = run.step > 0 and (run.step % every == 0 or run.step == run.total_steps)
+    return due and run.totals.evaluation.get("step") != run.step
 
 
 def train_step(run: Run) -> StepResult:
     """Collective: every rank calls this. One optimizer step at ``run.step``."""
     begun, agreed_before = time.perf_counter(), run.agreement.seconds
+    own_time = OwnTime(run.world.device)
+    own_time.begin()
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
     lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
@@ -141,6 +161,7 @@ def train_step(run: Run) -> StepResult:
                 run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
             )
             if last:
+                own_time.end()
                 requests = run.agreement.finish()
             run.engine.backward(loss / accumulation)
         total_loss += loss.detach() / accumulation
@@ -160,6 +181,7 @@ def train_step(run: Run) -> StepResult:
         seconds=time.perf_counter() - begun,
         data_seconds=data_seconds,
         agreement_seconds=run.agreement.seconds - agreed_before,
+        own_seconds=own_time.seconds(),
     )
 
 
@@ -191,7 +213,7 @@ class Window:
         self._data_seconds += result.data_seconds
         self._agreement_seconds += result.agreement_seconds
 
-    def report(self, run: Run, result: StepResult) -> None:
+    def report(self, run: Run, result: StepResult, *, slow_ranks: SlowRankReport) -> None:
         """Collective: every rank calls this. Write one row about the window."""
         steps = run.step - self._first_step
         loss = mean_in_rank_order(run.world, (self._loss / steps).cpu().reshape(1)).item()
@@ -211,6 +233,7 @@ class Window:
                 for name, total in run.reducer.counters.seconds().items()
             },
             "agreement_seconds": self._agreement_seconds / steps,
+            **slow_ranks.report(),
             "skipped_steps": run.totals.skipped_steps,
             "failed_checkpoints": run.totals.failed_checkpoints,
             "epoch": run.step / run.steps_per_epoch,
@@ -241,19 +264,29 @@ def report_health(run: Run, result: StepResult) -> None:
             log.warning("step %d: %s", run.step, warning)
 
 
-def evaluate_and_log(run: Run) -> None:
-    """Collective: every rank calls this. Evaluate the model (and the averaged one) and write the result."""
+def evaluate_and_log(run: Run) -> bool:
+    """Collective: every rank calls this. Evaluate the model (and the averaged one) and write the result.
+
+    Returns:
+        False, on every rank and with nothing written, if a signal had the ranks leave it between two batches.
+    """
     begun = time.perf_counter()
     models = {"": run.model, **({"ema_": run.ema.module} if run.ema else {})}
+    (rounds,) = largest_over_ranks(run.world, [len(run.eval_loader)])
     row: dict[str, float] = {}
     for prefix, model in models.items():
-        result = evaluate(
-            model,
-            run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch"),
-            world=run.world,
-            forward_bits=run.eval_forward_bits,
-            amp=run.recipe.train.amp,
-        )
+        batches = run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch")
+        try:
+            result = evaluate(
+                model,
+                run.vote.over(batches, rounds=int(rounds)),
+                world=run.world,
+                forward_bits=run.eval_forward_bits,
+                amp=run.recipe.train.amp,
+            )
+        except Preempted:
+            log.warning("the evaluation at step %d is left; the next start does it again", run.step)
+            return False
         row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
     run.totals.eval_seconds += time.perf_counter() - begun
     run.totals.add_evaluation(row, images=result.images, step=run.step)
@@ -263,3 +296,4 @@ def evaluate_and_log(run: Run) -> None:
         for prefix in models
     )
     log.info("evaluation at step %d, forward %d bits: %s", run.step, run.eval_forward_bits, told)
+    return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclebnn_dist.binary import count
+from cyclebnn_dist.metrics import split_by_world
 from cyclebnn_dist.precision.cost import training_saving
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import SUMMARY_JSON, SUMMARY_TEXT
@@ -25,12 +26,31 @@ def write_summary(run: Run) -> str:
     return text
 
 
+def running_totals(run: Run) -> dict[str, float]:
+    """What the run has added up so far on this rank, of which each number of ranks has its part (see metrics/worlds.py)."""
+    totals, counters = run.totals, run.reducer.counters
+    return {
+        "steps": totals.steps.total(),
+        "images": totals.images,
+        "train_seconds": totals.train_seconds,
+        "data_seconds": totals.data_seconds,
+        "sent_bytes": counters.sent_bytes,
+        "far_bytes": counters.far_bytes,
+        "fp32_bytes": counters.fp32_bytes,
+        "bf16_bytes": counters.bf16_bytes,
+    }
+
+
 def summarize(run: Run) -> dict[str, Any]:
-    """Counted and measured over all lives of the run; bytes are those of rank 0."""
+    """Counted and measured over all lives of the run; bytes are those of rank 0.
+
+    Speed is that of the newest number of ranks. Where that changed, ``worlds`` has each one's part.
+    """
     totals, counters = run.totals, run.reducer.counters
     side = run.recipe.data.image_size
     counts = count(run.model, input_size=(3, side, side))
     saving = training_saving(counts, totals.steps)
+    worlds = split_by_world(totals.worlds, running_totals(run))
     return {
         "finished": True,
         "run_dir": str(run.run_dir),
@@ -43,12 +63,13 @@ def summarize(run: Run) -> dict[str, Any]:
         "best_top1": totals.best_top1,
         "best_step": totals.best_step,
         "eval_forward_bits": run.eval_forward_bits,
-        "images_per_second": totals.images / totals.train_seconds,
+        "images_per_second": worlds[-1]["images"] / worlds[-1]["train_seconds"],
         "train_seconds": totals.train_seconds,
         "eval_seconds": totals.eval_seconds,
         "save_seconds": totals.save_seconds,
         "failed_checkpoints": totals.failed_checkpoints,
-        "data_wait_fraction": totals.data_seconds / totals.train_seconds,
+        "data_wait_fraction": worlds[-1]["data_seconds"] / worlds[-1]["train_seconds"],
+        "worlds": worlds,
         "bits": {
             channel: dict(zip(("min", "mean", "max"), totals.bits(channel), strict=True))
             for channel in ("forward", "backward", "communication")
@@ -75,12 +96,14 @@ def render_summary(summary: dict[str, Any]) -> str:
     rows = {
         "validation top-1": f"{summary['eval_top1']:.2f} % of {summary['eval_images']} images "
         f"(top-5 {summary['eval_top5']:.2f} %), evaluated at {summary['eval_forward_bits']} forward bits",
-        "speed": f"{summary['images_per_second']:.1f} images/s over {summary['ranks']} rank{'s' * (summary['ranks'] > 1)} on "
-        f"{summary['device']}, {100 * summary['data_wait_fraction']:.1f} % of it waiting for images",
+        "speed": "; ".join(_speed(world, alone=len(summary["worlds"]) == 1) for world in summary["worlds"]),
         "time": f"{summary['steps']} steps in {summary['train_seconds']:.0f} s, "
         f"evaluation {summary['eval_seconds']:.0f} s, standing still for checkpoints {_saving(summary)}",
         "bits (min/mean/max)": bits,
-        "gradient bytes sent": _sent(summary),
+        "gradient bytes sent": "; ".join(
+            _sent(world, alone=len(summary["worlds"]) == 1) for world in summary["worlds"]
+        )
+        + (f"; comm.mode=auto took {summary['comm_mode_used']}" if _auto(summary) else ""),
         "gradient exchange": _exchange(summary),
         "operations saved": f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' training "
         f"operations, {100 * summary['training_saving_model']:.1f} % of the whole model's (CPT's cost formula)",
@@ -101,16 +124,34 @@ def _saving(summary: dict[str, Any]) -> str:
     return f"{seconds:.2g} s ({100 * share:.2g} %)"
 
 
-def _sent(summary: dict[str, Any]) -> str:
-    sent, fp32, bf16 = summary["sent_bytes"], summary["fp32_bytes"], summary["bf16_bytes"]
-    if sent == 0:
-        return "none: one rank has nobody to send to"
-    far = f", {readable_size(summary['far_bytes'])} of it to other nodes" if summary["far_bytes"] else ""
+def _speed(world: dict[str, Any], *, alone: bool) -> str:
+    seconds = world["train_seconds"]
     return (
-        f"{readable_size(sent)} per rank{far}; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
-        f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
-        + (f"; comm.mode=auto took {summary['comm_mode_used']}" if summary["comm_mode"] == "auto" else "")
+        f"{world['images'] / seconds:.1f} images/s over {_ranks(world, alone=alone)} on {world['device']}, "
+        f"{100 * world['data_seconds'] / seconds:.1f} % of it waiting for images"
     )
+
+
+def _sent(world: dict[str, Any], *, alone: bool) -> str:
+    sent, fp32, bf16 = world["sent_bytes"], world["fp32_bytes"], world["bf16_bytes"]
+    where = "" if alone else f" over {_ranks(world, alone=alone)}"
+    if sent == 0:
+        return f"none{where}: one rank has nobody to send to"
+    far = f", {readable_size(world['far_bytes'])} of it to other nodes" if world["far_bytes"] else ""
+    return (
+        f"{readable_size(sent)} per rank{where}{far}; fp32 would have sent {readable_size(fp32)} ({fp32 / sent:.2f}x), "
+        f"bf16 {readable_size(bf16)} ({bf16 / sent:.2f}x)"
+    )
+
+
+def _ranks(world: dict[str, Any], *, alone: bool) -> str:
+    first, last = world["first_step"], world["first_step"] + world["steps"] - 1
+    steps = "" if alone else f" (steps {first} to {last})" if last > first else f" (step {first})"
+    return f"{world['ranks']} rank{'s' * (world['ranks'] > 1)}{steps}"
+
+
+def _auto(summary: dict[str, Any]) -> bool:
+    return summary["comm_mode"] == "auto" and summary["sent_bytes"] > 0
 
 
 def _exchange(summary: dict[str, Any]) -> str:

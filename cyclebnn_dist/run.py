@@ -20,6 +20,7 @@ from cyclebnn_dist.engine import Engine
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.precision.schedule import Schedule
 from cyclebnn_dist.preempt import PreemptionFlag
+from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World
@@ -47,6 +48,7 @@ class Run:
     console: Console
     wandb: WandbRun
     preemption: PreemptionFlag
+    vote: StopVote
     watchdog: Watchdog
     saver: Saver
     total_steps: int

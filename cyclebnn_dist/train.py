@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,13 +25,16 @@ from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, open_source
 from cyclebnn_dist.engine import DDPEngine
+from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED
 from cyclebnn_dist.logs import configure_logging
-from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun, begin_world
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
+from cyclebnn_dist.peer_watch import watching_peers
 from cyclebnn_dist.precision.schedule import Schedule, build_schedule
-from cyclebnn_dist.preempt import PreemptionFlag
-from cyclebnn_dist.report import summarize, write_summary
+from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
+from cyclebnn_dist.report import running_totals, summarize, write_summary
+from cyclebnn_dist.roll_call import call_roll
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import (
     check_run_folder,
@@ -42,83 +46,149 @@ from cyclebnn_dist.run_folder import (
 )
 from cyclebnn_dist.run_lock import run_lock
 from cyclebnn_dist.saving import SaveError
+from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.watchdog import Watchdog
-from cyclebnn_dist.world import World, discover_world, join_world, leave_world, on_main, ranks_per_node
+from cyclebnn_dist.world import (
+    World,
+    discover_world,
+    gather_objects,
+    join_world,
+    leave_world,
+    on_main,
+    ranks_per_node,
+)
 
 log = logging.getLogger(__name__)
 
-FINISHED, FAILED, PREEMPTED = 0, 1, 75
+__all__ = ["FAILED", "FINISHED", "INTERRUPTED", "PREEMPTED", "main", "run_recipe"]
 
 
-def main(recipe: Recipe) -> int:
+def main(recipe: Recipe, *, preemption: PreemptionFlag | None = None) -> int:
     """Collective: every rank calls this. Train to the end, or to a pre-emption, from wherever the run stands.
 
+    Args:
+        preemption: that listens already; without one, signals are heard from here on.
+
     Returns:
-        FINISHED, PREEMPTED if a signal asked to stop and a checkpoint was written, or FAILED if that or the last
-        checkpoint could not be.
+        FINISHED; PREEMPTED or INTERRUPTED, the same on every rank, if a signal or Ctrl-C asked to stop, and everything
+        there was is saved; FAILED if that or the last checkpoint could not be written.
 
     Raises:
         RecipeError: on every rank, for what the user can mend. The run folder is then as it was, unless training had
             begun; it can then be resumed.
+        KeyboardInterrupt: a second Ctrl-C came before everything was saved.
     """
-    world = discover_world()
-    configure_logging(rank=world.rank, size=world.size)
-    set_determinism(recipe.run.deterministic)
-    world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
-    try:
-        status = run_recipe(recipe, world)
-    except RecipeError:
-        raise
-    except SaveError as error:
-        if world.is_main:
-            log.error("%s", error)
-        status = FAILED
-    except Exception as error:
-        if world.size == 1:
+    with listening(preemption) as preemption:
+        world = discover_world()
+        preemption.belongs_to(world.rank)
+        configure_logging(rank=world.rank, size=world.size)
+        set_determinism(recipe.run.deterministic)
+        try:
+            world = join_world(world, timeout_seconds=recipe.run.collective_timeout_seconds)
+            status = run_recipe(recipe, world, preemption=preemption)
+        except RecipeError:
             raise
-        # A lost peer leaves collectives behind that never end, and tearing the groups down would wait for them.
-        log.error("rank %d of %d ends: %s", world.rank, world.size, error, exc_info=error)
+        except SaveError as error:
+            if world.is_main:
+                log.error("%s", error)
+            status = FAILED
+        except (Exception, KeyboardInterrupt) as error:
+            if world.size == 1:
+                raise
+            # A lost peer leaves collectives behind that never end, and tearing the groups down would wait for them.
+            end_at_once(error, world, asked_for=preemption.status if preemption.in_start else None)
+        leave_world()
+        return status
+
+
+def end_at_once(error: BaseException, world: World, *, asked_for: int | None) -> NoReturn:
+    """End this rank of several without waiting for any other.
+
+    Args:
+        asked_for: the exit status, where a signal asked to leave a start; others have left it earlier, hence the error.
+    """
+    if isinstance(error, KeyboardInterrupt):
         logging.shutdown()
-        os._exit(FAILED)
-    leave_world()
-    return status
+        os._exit(INTERRUPTED)
+    if asked_for is not None:
+        log.warning("%s leaves the start: %s", world.name(world.rank), error)
+        logging.shutdown()
+        os._exit(asked_for)
+    log.error("%s, of %d ranks, ends: %s", world.name(world.rank), world.size, error, exc_info=error)
+    about_others = call_roll(world, error)
+    if about_others:
+        log.error("%s: %s", world.name(world.rank), about_others)
+    logging.shutdown()
+    os._exit(FAILED)
 
 
-def run_recipe(recipe: Recipe, world: World) -> int:
+def run_recipe(recipe: Recipe, world: World, *, preemption: PreemptionFlag | None = None) -> int:
     """Collective: every rank calls this. ``main`` within process groups that exist already."""
     run_dir = Path(recipe.run.dir)
-    finished = on_main(world, lambda: inspect_run_folder(run_dir, recipe))
-    if finished:
-        log.info("this run is finished already\n%s", finished)
-        return FINISHED
-    with ExitStack() as stack:
+    with listening(preemption) as preemption, ExitStack() as stack:
+        vote = StopVote(world, preemption)
 
         def lock() -> None:
             with refusing_bad_disk(run_dir):
                 stack.enter_context(run_lock(run_dir))
 
-        on_main(world, lock)
-        return go_on(recipe, world, run_dir=run_dir)
+        try:
+            vote.leave_if_any()
+            finished = on_main(world, lambda: inspect_run_folder(run_dir, recipe))
+            if finished:
+                log.info("this run is finished already\n%s", finished)
+                return FINISHED
+            on_main(world, preemption.interruptible(lock))
+            vote.leave_if_any()
+            return go_on(recipe, world, run_dir=run_dir, preemption=preemption, vote=vote)
+        except Preempted:
+            log.warning("stopped before the first step; start again to begin")
+            return leave_preempted(world, preemption=preemption, vote=vote)
 
 
-def go_on(recipe: Recipe, world: World, *, run_dir: Path) -> int:
-    """Collective: every rank calls this. Train from the newest checkpoint of a run folder that is this job's alone."""
-    images = on_main(world, lambda: scan_images(recipe))
+def go_on(recipe: Recipe, world: World, *, run_dir: Path, preemption: PreemptionFlag, vote: StopVote) -> int:
+    """Collective: every rank calls this. Train from the newest checkpoint of a run folder that is this job's alone.
+
+    Raises:
+        Preempted: on every rank, before the run folder has been claimed.
+    """
+    images = on_main(world, preemption.interruptible(lambda: scan_images(recipe)))
+    vote.leave_if_any()
     checkpoint = newest_checkpoint(run_dir, world=world)
-    run = assemble(recipe, world, run_dir=run_dir, images=images, checkpoint=checkpoint)
+    vote.leave_if_any()
+    run = assemble(
+        recipe,
+        world,
+        run_dir=run_dir,
+        images=images,
+        checkpoint=checkpoint,
+        preemption=preemption,
+        vote=vote,
+    )
     if checkpoint:
         resume.restore(run, checkpoint)
+    begin_world(run.totals.worlds, ranks=world.size, device=world.device.type, totals=running_totals(run))
     announce(run)
     try:
-        ended = loop.train(run)
+        with watching_peers(world):
+            ended = loop.train(run)
     except SaveError:
         close(run)
         raise
     finally:
         run.watchdog.close()
     if ended == "preempted":
-        return leave_preempted(run)
+        log.warning(
+            "stopped at step %d of %d%s; start again to go on",
+            run.step,
+            run.total_steps,
+            " with a checkpoint" if run.step else "",
+        )
+        run.wandb.mark_preempting()
+        close(run, finish_wandb=False)
+        return leave_preempted(world, preemption=preemption, vote=vote)
+    preemption.first_step_done()
     summary = on_main(world, lambda: write_summary(run))
     run.wandb.summarize(summarize(run))
     run.console.close()
@@ -148,11 +218,16 @@ def assemble(
     run_dir: Path,
     images: tuple[Source, Source],
     checkpoint: Path | None,
+    preemption: PreemptionFlag,
+    vote: StopVote,
 ) -> Run:
     """Collective: every rank calls this. Every part of a run, fresh; the run folder is claimed when all are built.
 
     Args:
         checkpoint: that the run will go on from; only what it says about ``comm.mode`` is read here.
+
+    Raises:
+        Preempted: on every rank, before the folder is claimed.
     """
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
@@ -198,6 +273,7 @@ def assemble(
         timeout_seconds=recipe.run.collective_timeout_seconds,
     )
     agreement.compare_constants()
+    vote.leave_if_any()
     verdict = settle_mode(recipe, world, reducer, wished, run_dir=run_dir, checkpoint=checkpoint)
     comm_mode = verdict.mode if verdict else fixed_mode(recipe.comm.mode)
     precision = communicated_precision(precision, comm_mode, world_size=world.size)
@@ -215,6 +291,8 @@ def assemble(
         **reading,
     )
     eval_loader = EvalLoader(val_images, recipe.data, batch_size=recipe.eval.batch_size, **reading)
+
+    vote.leave_if_any()
 
     def claim() -> int:
         with refusing_bad_disk(run_dir):
@@ -242,7 +320,8 @@ def assemble(
         journal=Journal(run_dir, life=life) if world.is_main else None,
         console=Console(total_steps=run_steps, enabled=world.is_main),
         wandb=WandbRun(run_dir, recipe.wandb, recipe=to_dict(recipe), enabled=world.is_main),
-        preemption=PreemptionFlag().install(),
+        preemption=preemption,
+        vote=vote,
         watchdog=Watchdog(recipe.run.progress_timeout_seconds),
         saver=Saver(run_dir, recipe=recipe, world=world, newest=checkpoint),
         total_steps=run_steps,
@@ -325,13 +404,27 @@ def announce(run: Run) -> None:
         )
 
 
-def leave_preempted(run: Run) -> int:
-    """Collective: every rank calls this. After the checkpoint: let submitit requeue the job, where it listens."""
-    log.warning("stopped at step %d of %d with a checkpoint; start again to go on", run.step, run.total_steps)
-    run.wandb.mark_preempting()
-    close(run, finish_wandb=False)
-    run.preemption.hand_over()
-    return PREEMPTED
+def leave_preempted(world: World, *, preemption: PreemptionFlag, vote: StopVote) -> int:
+    """Collective: every rank calls this. When all is saved: let submitit requeue the job, where it listens.
+
+    Where it does, rank 0 does not return, and the others return when it has ended: their end could end it before.
+
+    Returns:
+        PREEMPTED or INTERRUPTED, the same on every rank.
+    """
+    preemption.first_step_done()
+    vote.take()
+    status = preemption.status
+    if signal.SIGUSR2 not in preemption.of_others:
+        return status
+    if world.is_main:
+        try:
+            preemption.hand_over()
+        except Exception as error:
+            log.error("the job could not be put back into the queue: %s", error)
+    with suppress(RuntimeError):  # rank 0 has ended
+        gather_objects(world, None)
+    return status
 
 
 def close(run: Run, *, finish_wandb: bool = True) -> None:
@@ -341,7 +434,6 @@ def close(run: Run, *, finish_wandb: bool = True) -> None:
     run.eval_loader.close()
     run.reducer.close()
     run.saver.close()
-    run.preemption.uninstall()
     if run.journal:
         run.journal.close()
     if finish_wandb:

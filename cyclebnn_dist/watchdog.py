@@ -9,14 +9,16 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from cyclebnn_dist.exit_status import FAILED
+
 T = TypeVar("T")
 
-FAILED = 1
 GRACE_SECONDS = 30.0
 STDERR = 2
 
@@ -64,9 +66,12 @@ class Watchdog:
             if silent < self._seconds:
                 continue
             log.error(
-                "nothing was finished for %.0f s (run.progress_timeout_seconds) since %s; this rank ends, where it stood:",
+                "nothing was finished for %.0f s (run.progress_timeout_seconds) since %s; this rank, process %d on %s, ends, "
+                "where it stood:",
                 silent,
                 self._what,
+                os.getpid(),
+                socket.gethostname(),
             )
             logging.shutdown()
             faulthandler.dump_traceback(file=STDERR, all_threads=True)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,8 @@ STRAGGLER_SECONDS = 2.0
 class World:
     """One rank's view of the job.
 
-    ``control`` is a Gloo group of all ranks for small exchanges on the CPU; gradients never travel on it.
+    ``control`` is a Gloo group of all ranks for small exchanges on the CPU; gradients never travel on it. ``hosts`` are the
+    names of the ranks' machines, and ``store`` is where ranks met; a world that was not joined has neither.
     """
 
     rank: int
@@ -38,10 +40,16 @@ class World:
     device: torch.device
     source: str
     control: dist.ProcessGroup | None = None
+    hosts: tuple[str, ...] = ()
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def name(self, rank: int) -> str:
+        """A rank as a person finds it: its number and its machine."""
+        return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
 
 
 def discover_world(*, environ: dict[str, str] | None = None) -> World:
@@ -96,6 +104,7 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    store: dist.Store | None = None
     if world.size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
@@ -108,7 +117,8 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
             world_size=world.size,
             timeout=timeout,
         )
-    return replace(world, control=dist.new_group(backend="gloo", timeout=timeout))
+    world = replace(world, control=dist.new_group(backend="gloo", timeout=timeout), store=store)
+    return replace(world, hosts=tuple(gather_objects(world, socket.gethostname())))
 
 
 def open_store(world: World, *, timeout: timedelta) -> dist.Store:

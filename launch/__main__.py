@@ -14,6 +14,7 @@ from typing import Any
 
 from cyclebnn_dist.batching import per_rank_batch
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, render_reference, to_dict
+from cyclebnn_dist.exit_status import FAILED, REFUSED
 from cyclebnn_dist.run_folder import LAUNCHER_FOLDER, check_run_folder, finished_summary
 from launch import manage, record
 from launch.grid import Point, grid_points
@@ -30,8 +31,8 @@ examples:
 
 The same command in the same run folder goes on from the newest checkpoint.
 
-exit status: 0 finished, submitted or shown; 1 failed; 2 refused (recipe, profile, data); 75 stopped by a signal after
-saving; 128 + signal: stopped from this terminal.
+exit status: 0 finished, submitted or shown; 1 failed; 2 refused (recipe, profile, data); 75 stopped by a signal, with
+everything saved; 130 stopped by Ctrl-C (the first saves, the second ends at once).
 """
 
 HOW = "say where to run: --local (this machine), --cluster FILE (a profile such as slurm/gpu.yaml) or --debug"
@@ -105,10 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _launch(arguments)
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return FAILED
 
 
 def _launch(arguments: argparse.Namespace) -> int:
@@ -239,7 +240,7 @@ def _submit(
 
 
 def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
-    from launch.job import REFUSED, Job
+    from launch.job import Job
     from launch.submit import choose_gpus, start_local
     from launch.watch import watch
 
@@ -269,7 +270,7 @@ def _run_here(recipe: Recipe, profile: ClusterProfile, run_dir: Path) -> int:
 def _debug(recipe: Recipe, run_dir: Path) -> int:
     import submitit
 
-    from launch.job import REFUSED, Job
+    from launch.job import Job
     from launch.submit import environ, stale_ranks
 
     existed = _existing(run_dir / LAUNCHER_FOLDER)

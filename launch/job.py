@@ -18,11 +18,12 @@ from typing import Any
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
+from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED
+from cyclebnn_dist.preempt import listening
 from launch import snapshot
 from launch.processes import Process, arguments, is_running, look, marked, send
 
-FINISHED, FAILED, REFUSED, PREEMPTED = 0, 1, 2, 75
-"""Exit statuses of a run, as cyclebnn_dist.train.main and the commands return them."""
+__all__ = ["FAILED", "FINISHED", "INTERRUPTED", "PREEMPTED", "REFUSED", "Job", "Outcome", "prepare_rank"]
 
 LAUNCHER_PID = "CYCLEBNN_LAUNCHER_PID"
 """Environment variable of a local run: the process whose end is the run's end."""
@@ -57,7 +58,7 @@ class Job:
 
         Raises:
             RuntimeError: the code is not that of the snapshot it was submitted with.
-            SystemExit: on Slurm, for a run that failed or was refused, so that Slurm counts the job as failed.
+            SystemExit: on Slurm, with the status of a run that has not finished, so that Slurm does not count it as done.
         """
         prepare_rank(self.cuda_devices)
         code = snapshot.enter()
@@ -65,13 +66,18 @@ class Job:
             print(code, flush=True)
         try:
             recipe = recipe_from_dict(self.recipe)
-            from cyclebnn_dist import train
+            with listening() as preemption:
+                preemption.belongs_to(int(os.environ["RANK"]))
+                from cyclebnn_dist import train
 
-            outcome = Outcome(train.main(recipe))
+                outcome = Outcome(train.main(recipe, preemption=preemption))
         except RecipeError as error:
             outcome = Outcome(REFUSED, str(error) if os.environ["RANK"] == "0" else "")
-        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and outcome.status in (FAILED, REFUSED):
-            print(outcome.message, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            outcome = Outcome(INTERRUPTED, "interrupted; what was saved stays")
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and outcome.status != FINISHED:
+            if outcome.message:
+                print(outcome.message, file=sys.stderr, flush=True)
             sys.exit(outcome.status)
         return outcome
 

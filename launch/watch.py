@@ -22,7 +22,7 @@ import submitit
 from submitit.core.utils import JobPaths, pickle_load
 
 from launch import processes
-from launch.job import FAILED, FINISHED, MARK, PREEMPTED, Outcome
+from launch.job import FAILED, FINISHED, INTERRUPTED, MARK, PREEMPTED, Outcome
 from launch.processes import Process
 
 SIBLING_SECONDS = 10.0
@@ -173,7 +173,7 @@ class _Watch:
         for rank in self.ranks.values():
             if rank.ended is not None:
                 outcome = self.outcome(rank)
-                if outcome is None or outcome.status not in (FINISHED, PREEMPTED):
+                if outcome is None or outcome.status not in (FINISHED, PREEMPTED, INTERRUPTED):
                     return rank
         return None
 
@@ -228,13 +228,14 @@ class _Watch:
 
     def conclude(self, controller_status: int | None) -> Outcome:
         outcomes = {number: self.outcome(rank) for number, rank in self.ranks.items()}
-        if self.received:
-            saved = len(outcomes) == self.tasks and all(
-                o is not None and o.status == PREEMPTED for o in outcomes.values()
-            )
-            words = "stopped; a checkpoint was written" if saved else "stopped"
+        ended = {None if outcome is None else outcome.status for outcome in outcomes.values()}
+        if self.received and (len(outcomes) < self.tasks or ended != {FINISHED}):
+            saved = len(outcomes) == self.tasks and ended <= {PREEMPTED, INTERRUPTED}
+            words = "stopped, and everything is saved" if saved else "stopped"
+            status = PREEMPTED if saved else FAILED
             return Outcome(
-                128 + self.received[0], f"{words}: the same command goes on from the newest checkpoint"
+                INTERRUPTED if self.received[0] == signal.SIGINT else status,
+                f"{words}: the same command goes on from the newest checkpoint",
             )
         if self.controller_lost:
             return Outcome(

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import time
 
 import pytest
 import torch
@@ -38,6 +40,12 @@ def final_states(run_dir):
     return folder.name, {path.name: load_file(path) for path in folder.glob("*.safetensors")}
 
 
+def newest_log(run_dir, *, rank):
+    """What a rank of the newest start has logged."""
+    logs = (run_dir / "submitit").glob(f"*_{rank}_log.out")
+    return max(logs, key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
 def assert_same_final_state(run_dir, other):
     name, expected = final_states(run_dir)
     again_name, found = final_states(other)
@@ -63,6 +71,8 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
         assert status == 1, output
         assert f"rank {rank}" in output, f"life {life}: the message does not name the killed rank\n{output}"
         assert wait_until(lambda pids=pids: not alive(pids), seconds=30), "siblings of a killed rank live on"
+        survivor = newest_log(killed.run_dir, rank=0 if rank else 1)
+        assert f"nothing is heard of rank {rank} on {socket.gethostname()}" in survivor
     resumed = start("killed", ranks=ranks)
     status, output = resumed.wait(seconds=240)
     assert status == 0, output
@@ -100,14 +110,16 @@ def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(st
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_the_others(start):
-    run = start("hanging", ranks=2, overrides=("run.progress_timeout_seconds=4",))
+    run = start("hanging", ranks=2, overrides=("run.progress_timeout_seconds=15",))
     run.wait_for_step(2, seconds=120)
     os.kill(run.rank_pids()[1], signal.SIGSTOP)
     status, output = run.wait(seconds=60)
     assert status == 1, output
     logs = "".join(path.read_text() for path in (run.run_dir / "submitit").rglob("*0_log.*"))
-    assert "nothing was finished for 4 s (run.progress_timeout_seconds) since step " in logs
+    assert "nothing was finished for 15 s (run.progress_timeout_seconds) since step " in logs
+    assert f"on {socket.gethostname()}, ends" in logs
     assert "cyclebnn_dist/loop.py" in logs, "where it stood"
+    assert logs.count("Thread 0x") + logs.count("thread 0x") > 2, "of every thread"
 
 
 @pytest.mark.long
@@ -128,11 +140,23 @@ def test_ctrl_c_saves_on_every_rank_and_the_same_line_goes_on(start):
     stopped.interrupt()
     status, output = stopped.wait(seconds=60)
     assert status == 130, output
-    assert "a checkpoint was written" in output
+    assert "everything is saved" in output
     again = start("run", ranks=2)
     status, output = again.wait(seconds=120)
     assert status == 0, output
     assert "resuming from the checkpoint of step" in output
+
+
+@pytest.mark.parametrize("seconds", [0.0, 4.0, 8.0])
+def test_ctrl_c_in_a_start_ends_it_in_a_word(start, seconds):
+    """While torch is imported, groups are formed, the model is built: whatever falls into these moments."""
+    stopped = start("run", ranks=2, overrides=("train.epochs=1000",))
+    assert wait_until(lambda: len(stopped.rank_pids()) == 2, seconds=60)
+    time.sleep(seconds)
+    stopped.interrupt()
+    status, output = stopped.wait(seconds=60)
+    assert status == 130, output
+    assert "Traceback" not in output
 
 
 def test_an_image_that_breaks_on_one_rank_is_named(start, tmp_path, tiny_data):

@@ -195,7 +195,7 @@ def test_a_cancelled_local_grid_saves_and_starts_no_further_point(tiny):
     finally:
         if not started.ended:
             started.end()
-    assert status == 128 + 15, output
+    assert status == 75, output
     assert not (sweep / "seed=2").exists()
     shown = launched("status", str(sweep), cwd=tiny.parent).stdout
     assert "not finished, and no job at work" in shown

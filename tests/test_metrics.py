@@ -4,9 +4,11 @@ import json
 
 import pytest
 from disks import fill, small_disk
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cyclebnn_dist.config import WandbConfig
-from cyclebnn_dist.metrics import Journal, Totals, WandbRun, read_journal
+from cyclebnn_dist.metrics import Journal, Totals, WandbRun, begin_world, read_journal, split_by_world
 from cyclebnn_dist.metrics import journal as journal_module
 from cyclebnn_dist.metrics.wandb_run import resolve_mode
 from cyclebnn_dist.precision.schedule import Widths
@@ -111,3 +113,20 @@ def test_a_run_goes_on_when_wandb_does_not(tmp_path, caplog):
     run.summarize({"top1": 2.0})
     run.finish()
     assert "goes on without Weights & Biases" in caplog.text
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(0, 50)), min_size=1, max_size=8))
+def test_worlds_take_the_totals_apart_where_the_number_of_ranks_changed(lives):
+    """Lives are (ranks, steps); an image costs a rank a second."""
+    worlds, totals = [], {"steps": 0, "train_seconds": 0.0}
+    for ranks, steps in lives:
+        begin_world(worlds, ranks=ranks, device="cpu", totals=totals)
+        totals = {"steps": totals["steps"] + steps, "train_seconds": totals["train_seconds"] + steps / ranks}
+    found = split_by_world(json.loads(json.dumps(worlds)), totals)
+    assert sum(world["steps"] for world in found) == totals["steps"]
+    for world in found:
+        assert world["steps"] > 0
+        assert world["train_seconds"] == pytest.approx(world["steps"] / world["ranks"])
+    assert [world["first_step"] for world in found] == [
+        sum(world["steps"] for world in found[:n]) for n in range(len(found))
+    ]

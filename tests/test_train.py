@@ -90,6 +90,17 @@ def test_another_number_of_ranks_goes_on_from_the_same_weights(ranks, recipe_fil
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == 6
     assert summary["sent_bytes"] > 0
+    two, one = summary["worlds"]
+    assert [(w["ranks"], w["first_step"], w["steps"], w["images"]) for w in (two, one)] == [
+        (2, 0, 5, 80),
+        (1, 5, 1, 16),
+    ]
+    assert (two["sent_bytes"], one["sent_bytes"]) == (summary["sent_bytes"], 0)
+    assert summary["images_per_second"] == one["images"] / one["train_seconds"]
+    text = (run_dir / "summary.txt").read_text()
+    assert "images/s over 2 ranks (steps 0 to 4) on cpu" in text
+    assert "images/s over 1 rank (step 5) on cpu" in text
+    assert "none over 1 rank (step 5): one rank has nobody to send to" in text
 
 
 def resume_and_stop(rank, size, path, step):
@@ -387,6 +398,33 @@ def test_what_one_rank_finds_not_finite_all_skip(ranks, recipe_file):
 def test_gradients_that_stay_non_finite_end_the_run_with_the_steps_named(ranks, recipe_file):
     for message, _ in ranks(2, diverge, recipe_file, [0, 1, 2]):
         assert "non-finite gradients in 3 steps in a row, 0 to 2" in message
+
+
+def diverge_and_stop(rank, size, path, poisoned, stop):
+    """Gradients of some steps of this life are not finite; rank 1 is signalled in step number ``stop`` of it."""
+    clip, count = DDPEngine.clip, []
+
+    def clip_and_poison(self, max_norm):
+        norm = clip(self, max_norm)
+        count.append(1)
+        if rank == 1 and len(count) - 1 == stop:
+            signal.raise_signal(signal.SIGTERM)
+        return norm * float("nan") if len(count) - 1 in poisoned else norm
+
+    DDPEngine.clip = clip_and_poison
+    try:
+        return run(rank, size, path, ["train.max_skipped_steps=3"])
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        DDPEngine.clip = clip
+
+
+def test_a_streak_of_skipped_steps_is_counted_over_a_restart(ranks, recipe_file):
+    """A run that is stopped every hour would skip every step for days."""
+    assert ranks(2, diverge_and_stop, recipe_file, [1, 2], 1) == [train.PREEMPTED] * 2
+    for message in ranks(2, diverge_and_stop, recipe_file, [0], None):
+        assert "non-finite gradients in 3 steps in a row, 1 to 3" in message
 
 
 def differ(rank, size, path, what):

@@ -20,6 +20,7 @@ from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data import augment, jitter
 from cyclebnn_dist.data.cifar_pipeline import padded_crop, stored_images
 from cyclebnn_dist.data.decoding import once_known
+from cyclebnn_dist.data.generated_code import remove_generated_code
 from cyclebnn_dist.data.resizing import resized
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def build_pipeline(
             prefetch_queue_depth=config.prefetch,
         )
         pipeline.build()
+    remove_generated_code()
     for warning in caught:
         # DALI's augmentations use its own deprecated names, and it overrides the filters.
         if not issubclass(warning.category, DeprecationWarning):

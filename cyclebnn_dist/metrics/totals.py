@@ -19,6 +19,8 @@ class Totals:
     """How many steps ran at which widths."""
     skipped_steps: int = 0
     """Steps whose update was skipped for a non-finite gradient."""
+    skipped_in_a_row: int = 0
+    """The newest of them: steps since the last update."""
     train_seconds: float = 0.0
     """Time in training steps, without evaluation and saving."""
     data_seconds: float = 0.0
@@ -37,6 +39,8 @@ class Totals:
     """The step it was reached at; -1 before any."""
     evaluation: dict[str, float] = field(default_factory=dict)
     """The newest evaluation: top1 and top5 in percent, loss, images, step."""
+    worlds: list[dict[str, Any]] = field(default_factory=list)
+    """Where the number of ranks changed, see worlds.py."""
 
     def add_step(
         self,
@@ -55,6 +59,7 @@ class Totals:
         self.data_seconds += data_seconds
         self.agreement_seconds += agreement_seconds
         self.skipped_steps += int(skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
     def add_evaluation(self, row: dict[str, float], *, images: int, step: int) -> None:
         """Keep an evaluation as the newest, and as the best if its top-1 is."""
