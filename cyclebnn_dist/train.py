@@ -311,7 +311,7 @@ def announce(run: Run) -> None:
 def leave_preempted(run: Run) -> int:
     """Collective: every rank calls this. After the checkpoint: let submitit requeue the job, where it listens."""
     log.warning("stopped at step %d of %d with a checkpoint; start again to go on", run.step, run.total_steps)
-    run.wandb.mark_preempting()
+    run.wandb.leave()
     close(run, finish_wandb=False)
     run.preemption.hand_over()
     return PREEMPTED
