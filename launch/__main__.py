@@ -71,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-parallel", metavar="N", type=int, help="how many runs of a grid Slurm may start at a time"
     )
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="submit also what has a job in the queue; the new one starts when that has ended",
+    )
+    parser.add_argument(
         "--no-snapshot",
         action="store_true",
         help="let a queued job import the code as it is when it starts, not as it is now",
@@ -209,8 +214,24 @@ def _submit(
 ) -> int:
     """Submit one run, or those of a grid whose folder is given; several become one array."""
     from launch.job import Job
-    from launch.submit import submit_slurm
+    from launch.submit import after, submit_slurm
 
+    queued = manage.jobs_in_queue(runs)
+    if arguments.again:
+        profile = after(profile, [job for jobs in queued.values() for job in jobs])
+    elif queued:
+        if not arguments.grid:
+            raise RecipeError(
+                "run.dir",
+                f"{folder} has job {', '.join(queued[folder])} in the queue",
+                f"leave it to that job, or end it with `python -m launch cancel {shlex.quote(str(folder))}`; "
+                "--again submits another that starts when it has ended",
+            )
+        for run_dir, jobs in queued.items():
+            print(f"left out, job {', '.join(jobs)} is in the queue\n  run folder  {run_dir}")
+        runs = {run_dir: recipe for run_dir, recipe in runs.items() if run_dir not in queued}
+        if not runs:
+            return 0
     logs = folder / LAUNCHER_FOLDER
     existed = _existing(logs)
     try:

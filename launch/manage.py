@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cyclebnn_dist.config import SAVED_NAME, RecipeError
@@ -128,6 +128,18 @@ def _state(submission: Submission, states: dict[str, JobState]) -> JobState:
         return JobState("ENDED" if local_launcher(submission) is None else "RUNNING")
     except RecipeError as error:
         return JobState("UNKNOWN", f"({error.cure})")
+
+
+def jobs_in_queue(runs: Iterable[Path]) -> dict[Path, list[str]]:
+    """Return the Slurm jobs of runs that wait or run; runs without any are left out.
+
+    Raises:
+        RecipeError: a run was submitted before, and Slurm does not answer.
+    """
+    jobs = {run: [s.job for s in record.read(run) if s.cluster == "slurm"] for run in runs}
+    states = queue.job_states([job for of_run in jobs.values() for job in of_run])
+    live = {run: [job for job in of_run if states[job].live] for run, of_run in jobs.items()}
+    return {run: of_run for run, of_run in live.items() if of_run}
 
 
 def cancel_runs(runs: Sequence[Path]) -> int:
