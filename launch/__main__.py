@@ -218,20 +218,15 @@ def _submit(
 
     queued = manage.jobs_in_queue(runs)
     if arguments.again:
-        profile = after(profile, [job for jobs in queued.values() for job in jobs])
-    elif queued:
-        if not arguments.grid:
-            raise RecipeError(
-                "run.dir",
-                f"{folder} has job {', '.join(queued[folder])} in the queue",
-                f"leave it to that job, or end it with `python -m launch cancel {shlex.quote(str(folder))}`; "
-                "--again submits another that starts when it has ended",
-            )
-        for run_dir, jobs in queued.items():
-            print(f"left out, job {', '.join(jobs)} is in the queue\n  run folder  {run_dir}")
+        profile = after(profile, [job for of_run in queued.values() for job in of_run])
+    elif queued and not arguments.grid:
+        manage.refuse(folder, queued[folder])
+    else:
         runs = {run_dir: recipe for run_dir, recipe in runs.items() if run_dir not in queued}
-        if not runs:
-            return 0
+        for run_dir, of_run in queued.items():
+            print(f"left out, job {', '.join(of_run)} is in the queue\n  run folder  {run_dir}")
+    if not runs:
+        return 0
     logs = folder / LAUNCHER_FOLDER
     existed = _existing(logs)
     try:

@@ -63,7 +63,11 @@ class OneSlurm:
     def restore(self, node: int) -> None:
         """Let a node come back."""
         assert self._script("start-node", str(node)).returncode == 0
-        back = lambda: self.ask("sinfo", "-h", "-n", f"node{node}", "-p", "main", "-o", "%T").strip() == "idle"  # noqa: E731
+
+        def back() -> bool:
+            shown = self.ask("sinfo", "-h", "-n", f"node{node}", "-p", "main", "-o", "%T")
+            return shown.strip() == "idle"
+
         assert wait_until(back, seconds=LONG), self.ask("sinfo", "-Nl")
 
     def ask(self, *command: str, **variables: str) -> str:
@@ -98,10 +102,14 @@ class OneSlurm:
         """The processes of a job's ranks."""
         found = {}
         for process, environment in self._processes(job):
-            command = process.cmdline()
-            if "SLURM_PROCID" in environment and command[1:] and not command[0].endswith("srun"):
-                if any(word in ("submitit.core._submit", "cyclebnn_dist") for word in command):
-                    found[int(environment["SLURM_PROCID"])] = process
+            words = set(process.cmdline()[1:])
+            is_python = process.name().startswith("python")
+            if (
+                is_python
+                and "SLURM_PROCID" in environment
+                and words & {"submitit.core._submit", "cyclebnn_dist"}
+            ):
+                found[int(environment["SLURM_PROCID"])] = process
         return found
 
     def kill_rank(self, job: str, rank: int) -> None:
@@ -109,7 +117,10 @@ class OneSlurm:
 
     def left_behind(self, job: str) -> list[str]:
         """Processes of a job that live on after it; some take a moment to go."""
-        left = lambda: [" ".join(process.cmdline()) for process, _ in self._processes(job)]  # noqa: E731
+
+        def left() -> list[str]:
+            return [" ".join(process.cmdline()) for process, _ in self._processes(job)]
+
         wait_until(lambda: not left(), seconds=30)
         return left()
 
@@ -118,13 +129,13 @@ class OneSlurm:
         return "\n".join((self.folder / "log/slurmctld.log").read_text().splitlines()[-30:])
 
     def _processes(self, job: str) -> list[tuple[psutil.Process, dict[str, str]]]:
+        mark = {"SLURM_JOB_ID": job, "SLURM_CONF": self.environment["SLURM_CONF"]}
         found = []
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                if process.status() != psutil.STATUS_ZOMBIE and environment.get("SLURM_JOB_ID") == job:
-                    if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                        found.append((process, environment))
+                if mark.items() <= environment.items() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append((process, environment))
             except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
                 continue
         return found
@@ -194,4 +205,6 @@ class Submitted:
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         if not wait_until(condition, seconds=LONG):
-            raise AssertionError(f"no {what}\n{self.slurm.facts(self.job)}\n{self.log()}\n{self.slurm.diary()}")
+            raise AssertionError(
+                f"no {what}\n{self.slurm.facts(self.job)}\n{self.log()}\n{self.slurm.diary()}"
+            )

@@ -15,9 +15,10 @@ from test_end_to_end import assert_same_final_state
 
 from cyclebnn_dist.metrics import read_journal
 
-SAVE_EVERY = 10
-STEPS = 60
-LENGTH = ("train.epochs=12", f"run.save_every={SAVE_EVERY}", "eval.every_epochs=4")
+SAVE_EVERY = 8
+STEPS = 40
+LENGTH = ("train.epochs=8", f"run.save_every={SAVE_EVERY}", "eval.every_epochs=4")
+NO_WANDB = "wandb.mode=disabled"
 
 PROFILE = """\
 nodes: {nodes}
@@ -69,7 +70,9 @@ def submit(slurm, tiny_recipe, profile, tmp_path):
     """Submits the tiny recipe; what is left of it at the end of the test is cancelled."""
     made: list[Submitted] = []
 
-    def submit(name: str = "run", *more: str, cluster: str | None = None, snapshot: bool = False) -> Submitted:
+    def submit(
+        name: str = "run", *more: str, cluster: str | None = None, snapshot: bool = False
+    ) -> Submitted:
         arguments = [str(tiny_recipe), "--cluster", cluster or profile(), *LENGTH, *more]
         # A job that imports a copy of the code compiles its kernels first.
         arguments += [] if snapshot else ["--no-snapshot"]
@@ -104,7 +107,7 @@ def assert_as_undisturbed(run: Submitted, undisturbed: Path) -> None:
 
 
 def test_two_nodes_train_as_two_local_ranks_do(submit, undisturbed):
-    run = submit(snapshot=True)
+    run = submit("run", NO_WANDB, snapshot=True)
     facts = run.assert_finished()
     assert facts["NumNodes"] == "2"
     assert "code: snapshot " in run.log()
@@ -114,18 +117,18 @@ def test_two_nodes_train_as_two_local_ranks_do(submit, undisturbed):
 
 def test_signalled_and_preempted_the_job_saves_comes_back_and_ends_as_undisturbed(slurm, submit, undisturbed):
     """First submitit's signal, as before a time limit; then SIGTERM, which Slurm sends at a pre-emption by default."""
-    run = submit()
+    run = submit("run", "run.save_every=1000")
     run.wait_for_life(1)
     slurm.ask("scancel", "--signal=USR2", run.job)
     run.wait_for_life(2)
-    assert run.starts()[1] % SAVE_EVERY, "it saved at the step of the signal, not only at its regular ones"
-    urgent = slurm.ask("sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=:")
+    urgent = slurm.ask(
+        "sbatch", "--parsable", "-p", "urgent", "-N3", "--exclusive", "-o/dev/null", "--wrap=:"
+    )
     slurm.wait(urgent.strip(), "COMPLETED")
     facts = run.assert_finished()
     assert facts["Restarts"] == "2"
     first, second, third = run.starts()
-    assert first < second < third
-    assert third % SAVE_EVERY
+    assert first < second < third, "both signals made it save"
     assert_as_undisturbed(run, undisturbed)
     assert len({path.name.rpartition("-")[2] for path in run.run_dir.glob("wandb/offline-run-*")}) == 1
 
@@ -155,7 +158,7 @@ def test_requeued_from_outside_and_by_a_dead_node_the_job_loses_one_interval_at_
 
 
 def test_a_killed_rank_fails_the_job_and_submitting_again_goes_on(slurm, submit, undisturbed):
-    run = submit()
+    run = submit("run", NO_WANDB)
     run.wait_for_life(1)
     run.wait_for_checkpoint()
     slurm.kill_rank(run.job, 1)
@@ -164,19 +167,21 @@ def test_a_killed_rank_fails_the_job_and_submitting_again_goes_on(slurm, submit,
     assert "rank 0 of 2 ends" in run.log()
     assert "onnection" in run.log()
     assert slurm.left_behind(run.job) == []
-    again = submit()
+    again = submit("run", NO_WANDB)
     again.assert_finished()
     assert again.starts()[1] >= SAVE_EVERY
     assert_as_undisturbed(again, undisturbed)
 
 
 def test_a_live_job_is_looked_after_from_its_run_folder(slurm, submit, tiny_recipe, profile):
-    run = submit("run", "train.epochs=400")
+    run = submit("run", "train.epochs=400", NO_WANDB)
     run.wait_for_life(1)
     folder = str(run.run_dir)
     assert f"job {run.job}: running" in slurm.launch("status", folder).stdout
     assert "resnet18, 2 ranks on cpu" in slurm.launch("logs", folder).stdout
-    second = slurm.launch(str(tiny_recipe), *LENGTH, "train.epochs=400", f"run.dir={folder}", "--cluster", profile())
+    second = slurm.launch(
+        str(tiny_recipe), *LENGTH, "train.epochs=400", f"run.dir={folder}", "--cluster", profile()
+    )
     assert second.returncode == 2
     assert f"{folder} has job {run.job} in the queue" in second.stderr
 
@@ -194,7 +199,7 @@ def test_a_live_job_is_looked_after_from_its_run_folder(slurm, submit, tiny_reci
 def test_points_of_a_grid_run_as_an_array_with_a_cap(slurm, tiny_recipe, profile, tmp_path):
     sweep = tmp_path / "sweep"
     arguments = (
-        *(str(tiny_recipe), "--cluster", profile(nodes=1), "--no-snapshot", "train.epochs=0.4"),
+        *(str(tiny_recipe), "--cluster", profile(nodes=1), "--no-snapshot", "train.epochs=0.4", NO_WANDB),
         *(f"run.dir={sweep}", "--grid", "optim.lr=1e-3,3e-4", "--max-parallel", "1"),
     )
     done = slurm.launch(*arguments)
@@ -219,11 +224,11 @@ def test_points_of_a_grid_run_as_an_array_with_a_cap(slurm, tiny_recipe, profile
     assert sorted(path.name for path in sweep.glob("lr=*")) == ["lr=0.0003", "lr=0.001"]
 
 
-@pytest.mark.parametrize("more", [[], ["--grid", "run.seed=1,2", "--max-parallel", "1"]])
-def test_slurm_accepts_what_a_dry_run_shows(slurm, tiny_recipe, tmp_path, more):
+def test_slurm_accepts_what_a_dry_run_shows(slurm, tiny_recipe, tmp_path):
     gpus = tmp_path / "gpu.yaml"
     gpus.write_text((ROOT / "slurm/gpu.yaml").read_text().replace("partition: gpu", "partition: main"))
-    shown = slurm.launch(str(tiny_recipe), "--cluster", str(gpus), "--dry-run", *more).stdout
+    grid = ("--grid", "run.seed=1,2", "--max-parallel", "1")
+    shown = slurm.launch(str(tiny_recipe), "--cluster", str(gpus), "--dry-run", *grid).stdout
     batch = tmp_path / "shown.sh"
     batch.write_text(shown[shown.index("#!/bin/bash") : shown.index("model ")])
     done = slurm.call("sbatch", "--test-only", str(batch))
@@ -232,7 +237,7 @@ def test_slurm_accepts_what_a_dry_run_shows(slurm, tiny_recipe, tmp_path, more):
 
 
 def test_the_plain_batch_file_runs_as_it_is(slurm, tiny_recipe, tmp_path):
-    job = submit_plain(slurm, tiny_recipe, tmp_path, "train.epochs=0.4")
+    job = submit_plain(slurm, tiny_recipe, tmp_path, "train.epochs=0.4", NO_WANDB)
     facts = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED")
     log = (tmp_path / "plain.out").read_text()
     assert facts["JobState"] == "COMPLETED", log
@@ -251,12 +256,14 @@ def submit_plain(slurm: OneSlurm, recipe: Path, folder: Path, *overrides: str) -
 @pytest.mark.long
 def test_a_time_limit_requeues_the_job_until_it_has_finished(submit, profile, tiny_recipe, tmp_path):
     """Slurm looks at time limits every 30 s and counts them in minutes."""
-    length = ("train.epochs=240", "eval.every_epochs=80", "run.save_every=1000")
+    length = ("train.epochs=240", "eval.every_epochs=80", "run.save_every=1000", NO_WANDB)
     run = submit("limited", *length, cluster=profile(minutes=1, delay=10))
     facts = run.assert_finished()
     assert int(facts["Restarts"]) >= 1, "the run was shorter than its limit"
     overrides = (*LENGTH, *length, f"run.dir={tmp_path / 'unlimited'}")
-    status, output = Launched(tiny_recipe, tmp_path / "unlimited", ranks=2, overrides=overrides).wait(seconds=600)
+    status, output = Launched(tiny_recipe, tmp_path / "unlimited", ranks=2, overrides=overrides).wait(
+        seconds=600
+    )
     assert status == 0, output
     assert_same_final_state(tmp_path / "unlimited", run.run_dir)
 
@@ -274,7 +281,7 @@ def test_a_node_whose_daemon_died_is_noticed_and_no_two_lives_write_at_once(slur
         slurm.restore(1)
     assert int(facts["Restarts"]) >= 1
     steps = [row["step"] for row in read_journal(run.run_dir) if row["event"] == "train"]
-    assert steps == list(range(1, 10 * STEPS + 1))
+    assert steps == list(range(1, 601))
 
 
 @pytest.mark.long
@@ -285,8 +292,9 @@ def test_the_plain_batch_file_is_requeued_at_its_signal_and_not_when_cancelled(s
         rows = run_dir / "metrics.jsonl"
         begun = rows.read_text().count('"event": "start"') if rows.exists() else 0
         assert wait_until(
-            lambda rows=rows, begun=begun: rows.exists()
-            and rows.read_text().count('"event": "start"') > begun,
+            lambda rows=rows, begun=begun: (
+                rows.exists() and rows.read_text().count('"event": "start"') > begun
+            ),
             seconds=LONG,
         ), slurm.facts(job)
         time.sleep(1)
