@@ -20,7 +20,8 @@ Needs root, on Debian 12 or a relative of it. Exit status: 0 done, 1 failed, 2 n
 END
 }
 set -euo pipefail
-PACKAGES=(slurmctld slurmd slurm-client munge)
+PATH=$PATH:/usr/sbin:/sbin
+declare -A PACKAGES=([slurmctld]=slurmctld [slurmd]=slurmd [sbatch]=slurm-client [munged]=munge)
 SECONDS_TO_START=60
 
 fail() { echo "one_machine.sh: $*" >&2; exit 1; }
@@ -28,12 +29,12 @@ refuse() { echo "one_machine.sh: $*" >&2; exit 2; }
 
 install() {
   [ "$EUID" = 0 ] || refuse "needs root"
-  local missing=() package
-  for package in "${PACKAGES[@]}"; do
-    dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+  local missing=() program
+  for program in "${!PACKAGES[@]}"; do
+    command -v "$program" >/dev/null || missing+=("${PACKAGES[$program]}")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  command -v apt-get >/dev/null || refuse "no apt-get here: install Slurm and munge yourself (${missing[*]} on Debian)"
+  command -v apt-get >/dev/null || refuse "no apt-get here: install Slurm and munge first (on Debian ${missing[*]})"
   echo "installing ${missing[*]}" >&2
   local get=(env DEBIAN_FRONTEND=noninteractive apt-get --yes --quiet --no-install-recommends install "${missing[@]}")
   # A machine that was never asked for packages has no lists of them yet.
@@ -146,11 +147,9 @@ ReturnToService=2
 # How long squeue remembers jobs that have ended.
 MinJobAge=3600
 
-# A job in the partition urgent takes nodes from those in main, which hear their --signal, are requeued, and have
-# GraceTime to save before.
+# A job in the partition urgent takes nodes from those in main, which get SIGTERM and have GraceTime to save.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 END
     [ -z "$gres" ] || echo "GresTypes=gpu"
@@ -203,10 +202,10 @@ start() {
   install
   [ ! -e "$DIR" ] || refuse "$DIR exists"
   unshare --mount --uts --pid --fork --mount-proc true 2>/dev/null || refuse "this machine allows no namespaces"
-  trap 'stop' EXIT
   exec 9<"$0"
   flock 9  # two that start at once would find the same ports free
   write_settings "$nodes" "$cpus" "$gpus"
+  trap abandon EXIT
   # --force: munged would like folders that others may enter; only root is here.
   launch munged munged --foreground --force --socket="$DIR/munge/socket" --key-file="$DIR/munge/key" \
     --pid-file="$DIR/munge/pid" --log-file="$DIR/log/munged.log" --seed-file="$DIR/munge/seed"
@@ -220,6 +219,13 @@ start() {
     exec "$3" stop "$4"' guard "$until" "$(born "$until")" "$(realpath "$0")" "$DIR"
   trap - EXIT
   echo "export SLURM_CONF=$DIR/slurm.conf"
+}
+
+abandon() { # what is left of a start that failed
+  local status=$?
+  tail -n 5 "$DIR"/log/*.log >&2 || true
+  stop
+  exit "$status"
 }
 
 stop() {

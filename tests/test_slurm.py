@@ -269,7 +269,7 @@ def test_a_time_limit_requeues_the_job_until_it_has_finished(submit, profile, ti
 
 
 @pytest.mark.long
-def test_a_node_whose_daemon_died_is_noticed_and_no_two_lives_write_at_once(slurm, submit, undisturbed):
+def test_a_node_whose_daemon_died_is_noticed_and_no_two_lives_write_at_once(slurm, submit):
     """Tasks on that node live on, and know nothing of their requeued job."""
     run = submit("run", "train.epochs=120", "eval.every_epochs=40")
     run.wait_for_life(1)
