@@ -122,6 +122,7 @@ def prepare_rank(cuda_devices: str | None = None) -> None:
 
     The trainer picks its GPU by LOCAL_RANK, so CUDA_VISIBLE_DEVICES is left as the scheduler set it.
     """
+    logging.getLogger("submitit").propagate = False  # it writes into the rank's log by itself
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         os.environ["MASTER_ADDR"] = "127.0.0.1"
