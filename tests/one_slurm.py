@@ -92,9 +92,9 @@ class OneSlurm:
         words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, *states: str) -> dict[str, str]:
+    def wait(self, job: str, *states: str, seconds: float = LONG) -> dict[str, str]:
         """Wait until a job is in one of these states, and return what Slurm says of it then."""
-        if not wait_until(lambda: self.facts(job)["JobState"] in states, seconds=LONG):
+        if not wait_until(lambda: self.facts(job)["JobState"] in states, seconds=seconds):
             raise AssertionError(f"not {states}: {self.facts(job)}\n{self.diary()}")
         return self.facts(job)
 
@@ -193,12 +193,13 @@ class Submitted:
     def wait_for_checkpoint(self, *, since: int = 0) -> None:
         self._wait(lambda: any(step > since for step in self.checkpoints()), "a checkpoint")
 
-    def wait_until_ended(self) -> dict[str, str]:
+    def wait_until_ended(self, *, seconds: float = LONG) -> dict[str, str]:
         """Wait until the job has left the queue, and return what Slurm says of it."""
-        return self.slurm.wait(self.job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        return self.slurm.wait(self.job, *ends, seconds=seconds)
 
-    def assert_finished(self) -> dict[str, str]:
-        facts = self.wait_until_ended()
+    def assert_finished(self, *, seconds: float = LONG) -> dict[str, str]:
+        facts = self.wait_until_ended(seconds=seconds)
         assert facts["JobState"] == "COMPLETED", f"{facts}\n{self.log()}\n{self.slurm.diary()}"
         assert json.loads((self.run_dir / "summary.json").read_text())["finished"]
         return facts

@@ -256,9 +256,9 @@ def submit_plain(slurm: OneSlurm, recipe: Path, folder: Path, *overrides: str) -
 @pytest.mark.long
 def test_a_time_limit_requeues_the_job_until_it_has_finished(submit, profile, tiny_recipe, tmp_path):
     """Slurm looks at time limits every 30 s and counts them in minutes."""
-    length = ("train.epochs=240", "eval.every_epochs=80", "run.save_every=1000", NO_WANDB)
+    length = ("train.epochs=160", "eval.every_epochs=80", "run.save_every=1000", NO_WANDB)
     run = submit("limited", *length, cluster=profile(minutes=1, delay=10))
-    facts = run.assert_finished()
+    facts = run.assert_finished(seconds=600)
     assert int(facts["Restarts"]) >= 1, "the run was shorter than its limit"
     overrides = (*LENGTH, *length, f"run.dir={tmp_path / 'unlimited'}")
     status, output = Launched(tiny_recipe, tmp_path / "unlimited", ranks=2, overrides=overrides).wait(
