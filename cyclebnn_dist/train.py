@@ -185,7 +185,7 @@ def go_on(recipe: Recipe, world: World, *, run_dir: Path, preemption: Preemption
             run.total_steps,
             " with a checkpoint" if run.step else "",
         )
-        run.wandb.mark_preempting()
+        run.wandb.leave()
         close(run, finish_wandb=False)
         return leave_preempted(world, preemption=preemption, vote=vote)
     preemption.first_step_done()

@@ -72,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-parallel", metavar="N", type=int, help="how many runs of a grid Slurm may start at a time"
     )
     parser.add_argument(
+        "--again",
+        action="store_true",
+        help="submit also what has a job in the queue; the new one starts when that has ended",
+    )
+    parser.add_argument(
         "--no-snapshot",
         action="store_true",
         help="let a queued job import the code as it is when it starts, not as it is now",
@@ -210,8 +215,19 @@ def _submit(
 ) -> int:
     """Submit one run, or those of a grid whose folder is given; several become one array."""
     from launch.job import Job
-    from launch.submit import submit_slurm
+    from launch.submit import after, submit_slurm
 
+    queued = manage.jobs_in_queue(runs)
+    if arguments.again:
+        profile = after(profile, [job for of_run in queued.values() for job in of_run])
+    elif queued and not arguments.grid:
+        manage.refuse(folder, queued[folder])
+    else:
+        runs = {run_dir: recipe for run_dir, recipe in runs.items() if run_dir not in queued}
+        for run_dir, of_run in queued.items():
+            print(f"left out, job {', '.join(of_run)} is in the queue\n  run folder  {run_dir}")
+    if not runs:
+        return 0
     logs = folder / LAUNCHER_FOLDER
     existed = _existing(logs)
     try:

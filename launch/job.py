@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
@@ -22,6 +23,7 @@ from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED, 
 from cyclebnn_dist.preempt import listening
 from launch import snapshot
 from launch.processes import Process, arguments, is_running, look, marked, send
+from launch.queue import job_states
 
 __all__ = ["FAILED", "FINISHED", "INTERRUPTED", "PREEMPTED", "REFUSED", "Job", "Outcome", "prepare_rank"]
 
@@ -30,6 +32,9 @@ LAUNCHER_PID = "CYCLEBNN_LAUNCHER_PID"
 
 MARK = "CYCLEBNN_LAUNCH"
 """Environment variable that marks every process of one local run."""
+
+UNKNOWN_STATE_SECONDS = 600
+"""How long a job that was told to stop waits for its end where Slurm cannot be asked about it; GraceTime is less."""
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ class Job:
 
         Raises:
             RuntimeError: the code is not that of the snapshot it was submitted with.
-            SystemExit: on Slurm, with the status of a run that has not finished, so that Slurm does not count it as done.
+            SystemExit: on Slurm, for a run that did not finish, so that Slurm does not count the job as completed.
         """
         prepare_rank(self.cuda_devices)
         code = snapshot.enter()
@@ -75,10 +80,15 @@ class Job:
             outcome = Outcome(REFUSED, str(error) if os.environ["RANK"] == "0" else "")
         except KeyboardInterrupt:
             outcome = Outcome(INTERRUPTED, "interrupted; what was saved stays")
-        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and outcome.status != FINISHED:
-            if outcome.message:
-                print(outcome.message, file=sys.stderr, flush=True)
+        if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+            return outcome
+        if outcome.status in (FAILED, REFUSED, INTERRUPTED):
+            print(outcome.message, file=sys.stderr, flush=True)
             sys.exit(outcome.status)
+        # Other ranks leave without an error: srun may be told to end the step at the first, and rank 0 has yet to requeue.
+        if outcome.status == PREEMPTED and os.environ["RANK"] == "0":
+            requeue_preempted()
+            sys.exit(PREEMPTED)
         return outcome
 
     def checkpoint(self) -> DelayedSubmission:
@@ -86,11 +96,38 @@ class Job:
         return DelayedSubmission(self)
 
 
+def requeue_preempted() -> None:
+    """On rank 0 of a Slurm job that has saved because of a signal: have submitit requeue it, unless somebody ends it.
+
+    A pre-emption comes as SIGTERM where Slurm is not told to send the job's own signal. A job that then ended by itself
+    would count as completed, and never come back. While its time of grace lasts it still counts as running; one that is
+    cancelled or requeued already does not.
+
+    Raises:
+        SystemExit: the job was requeued.
+    """
+    job = JobEnvironment().job_id
+    try:
+        state = job_states([job])[job].state
+    except RecipeError as error:
+        log.warning("%s; waiting for Slurm to end this job, and to requeue it if it may", error)
+        time.sleep(UNKNOWN_STATE_SECONDS)
+        return
+    if state != "RUNNING":
+        log.info("this job is %s already", state)
+        return
+    number = getattr(signal, f"SIG{JobEnvironment.USR_SIG}")
+    requeue = signal.getsignal(number)
+    if callable(requeue):
+        requeue(number, None)
+
+
 def prepare_rank(cuda_devices: str | None = None) -> None:
     """Export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, over stale ones.
 
     The trainer picks its GPU by LOCAL_RANK, so CUDA_VISIBLE_DEVICES is left as the scheduler set it.
     """
+    logging.getLogger("submitit").propagate = False  # it writes into the rank's log by itself
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         os.environ["MASTER_ADDR"] = "127.0.0.1"

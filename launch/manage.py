@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from cyclebnn_dist.config import SAVED_NAME, RecipeError
 from cyclebnn_dist.run_folder import LAUNCHER_FOLDER
@@ -128,6 +130,32 @@ def _state(submission: Submission, states: dict[str, JobState]) -> JobState:
         return JobState("ENDED" if local_launcher(submission) is None else "RUNNING")
     except RecipeError as error:
         return JobState("UNKNOWN", f"({error.cure})")
+
+
+def jobs_in_queue(runs: Iterable[Path]) -> dict[Path, list[str]]:
+    """Return the Slurm jobs of runs that wait or run; runs without any are left out.
+
+    Raises:
+        RecipeError: a run was submitted before, and Slurm does not answer.
+    """
+    jobs = {run: [s.job for s in record.read(run) if s.cluster == "slurm"] for run in runs}
+    states = queue.job_states([job for of_run in jobs.values() for job in of_run])
+    live = {run: [job for job in of_run if states[job].live] for run, of_run in jobs.items()}
+    return {run: of_run for run, of_run in live.items() if of_run}
+
+
+def refuse(run_dir: Path, jobs: Sequence[str]) -> NoReturn:
+    """Refuse to submit a run that has these jobs in the queue.
+
+    Raises:
+        RecipeError: always.
+    """
+    raise RecipeError(
+        "run.dir",
+        f"{run_dir} has job {', '.join(jobs)} in the queue",
+        f"leave it to that job, or end it with `python -m launch cancel {shlex.quote(str(run_dir))}`; "
+        "--again submits another that starts when it has ended",
+    )
 
 
 def cancel_runs(runs: Sequence[Path]) -> int:

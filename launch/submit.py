@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -108,6 +109,21 @@ def slurm_parameters(profile: ClusterProfile, *, name: str, folder: Path) -> dic
             **profile.additional_parameters,
         },
     }
+
+
+def after(profile: ClusterProfile, jobs: Sequence[str]) -> ClusterProfile:
+    """Return the profile of a job that starts when these have ended, however they end.
+
+    Raises:
+        RecipeError: the profile has a dependency of its own.
+    """
+    if not jobs:
+        return profile
+    if "dependency" in profile.additional_parameters:
+        problem = f"is set, and so is --again, which waits for job {', '.join(jobs)}"
+        raise RecipeError("additional_parameters.dependency", problem, "leave one of them out")
+    waiting = {**profile.additional_parameters, "dependency": f"afterany:{':'.join(jobs)}"}
+    return dataclasses.replace(profile, additional_parameters=waiting)
 
 
 def container_mounts(profile: ClusterProfile, *, folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from submitit.helpers import DelayedSubmission
 
+import launch.job
 import launch.watch
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, save_recipe
 from cyclebnn_dist.config.schema import leaves
@@ -23,6 +24,7 @@ from launch import processes
 from launch.job import FAILED, FINISHED, MARK, PREEMPTED, REFUSED, Job, Outcome, prepare_rank
 from launch.preview import submission_text
 from launch.profile import ClusterProfile, ContainerConfig, load_profile, num_tasks_per_node
+from launch.queue import JobState
 from launch.submit import environ, sbatch_text, start_local
 from launch.watch import watch
 
@@ -253,6 +255,37 @@ def test_the_folder_of_another_recipe_is_refused_by_the_key_that_differs(finishe
     done = launched(str(finished_run), "--local", cwd=finished_run.parent)
     assert done.returncode == REFUSED
     assert "model.num_classes: 1000 -> 10" in done.stderr
+
+
+# --- a Slurm job that was told to stop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("state", "comes_back"), [("RUNNING", True), ("COMPLETING", False)])
+def test_a_saved_job_asks_for_another_life_unless_somebody_ends_it(monkeypatch, state, comes_back):
+    """Slurm counts a job that ends by itself in its time of grace as completed, and a cancelled one must stay so."""
+    asked = []
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(launch.job, "job_states", lambda jobs: {jobs[0]: JobState(state)})
+    previous = signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
+    try:
+        launch.job.requeue_preempted()
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert asked == ([signal.SIGUSR2] if comes_back else [])
+
+
+def test_a_job_that_cannot_ask_slurm_waits_for_its_end(monkeypatch):
+    def no_answer(jobs):
+        raise RecipeError("squeue", "Slurm's commands are not on this machine")
+
+    slept = []
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(launch.job, "job_states", no_answer)
+    monkeypatch.setattr(launch.job.time, "sleep", slept.append)
+    launch.job.requeue_preempted()
+    assert slept == [launch.job.UNKNOWN_STATE_SECONDS]
 
 
 # --- the ranks of a local run --------------------------------------------------------------------------------------

@@ -175,6 +175,62 @@ def test_without_a_snapshot_the_batch_file_names_none(recipe_file, slurm):
     assert not (recipe_file.parent / "runs/sweep/submitit/code").exists()
 
 
+SQUEUE = """#!/bin/sh
+echo "$QUEUE"
+"""
+
+
+@pytest.fixture
+def queued(slurm):
+    """The same with a queue, told by QUEUE."""
+    profile, variables = slurm
+    squeue = profile.parent / "bin/squeue"
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    return profile, variables
+
+
+def test_a_run_with_a_job_in_the_queue_is_refused_unless_the_new_one_waits(recipe_file, queued):
+    """Two jobs on one run folder: the second would fail at the lock when its turn comes."""
+    profile, variables = queued
+    arguments = (str(recipe_file), "--cluster", str(profile), "--no-snapshot")
+    assert launched(*arguments, cwd=recipe_file.parent, **variables).returncode == 0
+    run_dir, batch = recipe_file.parent / "runs/sweep", Path(variables["SUBMITTED"])
+    live = {**variables, "QUEUE": "41|PENDING|Priority|0:00|"}
+    batch.unlink()
+    done = launched(*arguments, cwd=recipe_file.parent, **live)
+    assert done.returncode == REFUSED
+    assert f"{run_dir} has job 41 in the queue" in done.stderr
+    assert not batch.exists()
+    assert len(read(run_dir)) == 1
+
+    done = launched(*arguments, "--again", cwd=recipe_file.parent, **live)
+    assert done.returncode == 0, done.stderr
+    assert "#SBATCH --dependency=afterany:41\n" in batch.read_text()
+
+    ended = {**variables, "QUEUE": "41|FAILED|None|0:10|node1"}
+    assert launched(*arguments, "--again", cwd=recipe_file.parent, **ended).returncode == 0
+    assert "dependency" not in batch.read_text()
+
+    profile.write_text(profile.read_text() + "additional_parameters: {dependency: singleton}\n")
+    done = launched(*arguments, "--again", cwd=recipe_file.parent, **live)
+    assert done.returncode == REFUSED
+    assert "additional_parameters.dependency" in done.stderr
+
+
+def test_points_of_a_grid_that_are_in_the_queue_are_left_out(recipe_file, queued):
+    profile, variables = queued
+    arguments = (str(recipe_file), "--cluster", str(profile), "--no-snapshot", *GRID)
+    assert launched(*arguments, cwd=recipe_file.parent, **variables).returncode == 0
+    batch, sweep = Path(variables["SUBMITTED"]), recipe_file.parent / "runs/sweep"
+    queue = ["41_0|RUNNING|None|0:10|node1", "41_1|FAILED|None|0:10|node1", "41_2|COMPLETED|None|0:10|node1"]
+    done = launched(*arguments, cwd=recipe_file.parent, **variables, QUEUE="\n".join(queue))
+    assert done.returncode == 0, done.stderr
+    assert f"left out, job 41_0 is in the queue\n  run folder  {sweep}/seed=1\n" in done.stdout
+    assert "#SBATCH --array=0-1%2\n" in batch.read_text()
+    assert [len(read(sweep / f"seed={seed}")) for seed in (1, 2, 3)] == [1, 2, 2]
+
+
 @pytest.fixture
 def tiny(tmp_path, tiny_data):
     path = tmp_path / "recipe.yaml"

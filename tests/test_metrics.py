@@ -2,7 +2,9 @@
 
 import json
 
+import psutil
 import pytest
+import wandb
 from disks import fill, small_disk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,3 +132,33 @@ def test_worlds_take_the_totals_apart_where_the_number_of_ranks_changed(lives):
     assert [world["first_step"] for world in found] == [
         sum(world["steps"] for world in found[:n]) for n in range(len(found))
     ]
+
+
+def wandb_services():
+    return [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+
+
+def test_a_run_goes_on_when_the_service_of_wandb_is_killed(tmp_path, caplog):
+    """Slurm ends a job with SIGTERM to every process of it; the ranks have yet to save."""
+    wandb.teardown()
+    run = WandbRun(tmp_path, WandbConfig(mode="offline"), recipe={}, enabled=True)
+    (service,) = wandb_services()
+    service.terminate()
+    psutil.wait_procs([service], timeout=20)
+    run.log({"loss": 1.0}, step=1)
+    run.summarize({"top1": 2.0})
+    run.leave()
+    run.finish()
+    assert "metrics.jsonl has everything" in caplog.text
+
+
+def test_a_run_that_will_come_back_leaves_no_service_behind(tmp_path, caplog):
+    """What is not sent before the job is requeued is lost with the service."""
+    wandb.teardown()
+    run = WandbRun(tmp_path, WandbConfig(mode="offline"), recipe={}, enabled=True)
+    assert len(wandb_services()) == 1
+    run.log({"loss": 1.0}, step=1)
+    run.leave()
+    assert wandb_services() == []
+    assert [record for record in caplog.records if record.name.startswith("cyclebnn")] == []
+    run.log({"loss": 1.0}, step=2)

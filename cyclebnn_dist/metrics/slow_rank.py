@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 SLOW_RATIO = 1.2
 WINDOWS = 3
 """How many windows in a row make it persistent. Warnings come at so many windows, at twice as many, four times, ..."""
+LEAST_STEPS = 20
+"""How many steps they must hold to say anything: single steps of healthy ranks differ by more than this ratio."""
 
 FIRST_STEPS = 2
 """Steps of a life that say nothing: the first compiles, and in the second's forward pass DDP has ranks meet, to regroup
@@ -94,7 +96,9 @@ class SlowRankReport:
         self._slow_windows += 1
         self._slow_steps += steps
         doublings, rest = divmod(self._slow_windows, WINDOWS)
-        if place and world.is_main and not rest and doublings & (doublings - 1) == 0:
+        if not place or not world.is_main or self._slow_steps < LEAST_STEPS:
+            return
+        if not rest and doublings & (doublings - 1) == 0:
             cause = "waiting for images" if slowest.data_share > 0.5 else "computing"
             log.warning(
                 "%s is slow: its own part of a step takes %.3g s, %.2f times the median, in each of the last %d reports "

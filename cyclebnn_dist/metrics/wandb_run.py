@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ STEP = "trainer/step"
 ID_FILE = "wandb_run_id"
 INIT_TIMEOUT_SECONDS = 60
 
+LEAVE_SECONDS = 20.0
+"""How long a run that is stopped may take to send what the server has not got: others wait for its requeue."""
+
+WILL_COME_BACK = 75
+"""Exit status told to the server, which takes it for a pre-emption only if it is not 0."""
+
 
 class WandbRun:
     """One run under one id over all lives: the id is kept in ``run_dir/wandb_run_id``.
@@ -29,8 +36,8 @@ class WandbRun:
     """
 
     def __init__(self, run_dir: Path, config: WandbConfig, *, recipe: dict[str, Any], enabled: bool) -> None:
-        self._warned = False
         mode = resolve_mode(config.mode) if enabled else "disabled"
+        self._run: wandb.Run | None
         if mode == "disabled":
             self._run = wandb.init(mode="disabled")
             return
@@ -52,31 +59,47 @@ class WandbRun:
 
     def log(self, row: dict[str, Any], *, step: int) -> None:
         """Log one row of numbers at a step."""
-        with self._warning():
-            self._run.log({STEP: step, **row})
+        self._tell(lambda run: run.log({STEP: step, **row}))
 
     def summarize(self, values: dict[str, Any]) -> None:
         """Set values of the run's summary."""
-        with self._warning():
-            self._run.summary.update(values)
+        self._tell(lambda run: run.summary.update(values))
 
-    def mark_preempting(self) -> None:
-        """Tell the server that this run will come back."""
-        self._run.mark_preempting()
+    def leave(self) -> None:
+        """Send what there is and tell the server that this run will come back.
+
+        The service process that does the sending is killed with the job's other processes once Slurm requeues it.
+        """
+
+        def end(run: wandb.Run) -> None:
+            run.mark_preempting()
+            run.finish(exit_code=WILL_COME_BACK)
+            wandb.teardown()  # which would otherwise follow at exit, and find the service killed
+
+        ending = threading.Thread(target=self._tell, args=(end,), daemon=True)
+        ending.start()
+        ending.join(LEAVE_SECONDS)
+        if ending.is_alive():
+            log.warning("Weights & Biases has not got all within %.0f s; not waiting", LEAVE_SECONDS)
 
     def finish(self) -> None:
-        with self._warning():
-            self._run.finish()
+        self._tell(lambda run: run.finish())
 
-    @contextmanager
-    def _warning(self) -> Iterator[None]:
-        """Within it, whatever goes wrong is told once; metrics.jsonl has everything."""
+    def _tell(self, say: Callable[[wandb.Run], object]) -> None:
+        # Slurm sends SIGTERM to every process of a job: the service of wandb then ends before the ranks have saved.
+        if self._run is None:
+            return
         try:
-            yield
+            say(self._run)
         except Exception as error:
-            if not self._warned:
-                log.warning("Weights & Biases takes no more of this run: %s", error)
-            self._warned = True
+            self._run = None
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+            log.warning(
+                "Weights & Biases is lost (%s: %s); this run goes on, and metrics.jsonl has everything",
+                type(error).__name__,
+                error,
+            )
 
 
 def _run_id(path: Path) -> str:
