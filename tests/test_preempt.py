@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from worlds import make_world
 
 from cyclebnn_dist import checkpoint, run_lock, train
+from cyclebnn_dist.checkpoint.writing import Writing
 from cyclebnn_dist.comm import verdict
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
 from cyclebnn_dist.data import EvalLoader
@@ -131,7 +132,7 @@ def test_ranks_with_fewer_batches_take_part_in_the_vote_to_the_end(ranks):
 
 def twice(rank, size, path, first, then, *, reached):
     """Signal ``reached`` with ``first`` in the third step, and with ``then`` inside the save; who was handed over to."""
-    backward, write, calls, handed = DDPEngine.backward, checkpoint.write_state, [], []
+    backward, outcome, calls, handed = DDPEngine.backward, Writing.outcome, [], []
     before = signal.signal(USR2, lambda *_: handed.append(rank))
 
     def counted(self, loss):
@@ -140,17 +141,17 @@ def twice(rank, size, path, first, then, *, reached):
         if len(calls) == 3 and rank in reached:
             signal.raise_signal(first)
 
-    def disturbed(*args):
+    def disturbed(self):
         if rank in reached and then is not None and calls:
             calls.clear()
             signal.raise_signal(then)
-        write(*args)
+        return outcome(self)
 
-    DDPEngine.backward, checkpoint.write_state = counted, disturbed
+    DDPEngine.backward, Writing.outcome = counted, disturbed
     try:
         return run(rank, size, path, ["run.save_every=100"]), handed
     finally:
-        DDPEngine.backward, checkpoint.write_state = backward, write
+        DDPEngine.backward, Writing.outcome = backward, outcome
         signal.signal(USR2, before)
 
 
@@ -332,6 +333,7 @@ def test_slurm_sees_the_status_and_a_local_launcher_the_outcome(monkeypatch, exe
 
     monkeypatch.setattr(train, "main", main)
     monkeypatch.setattr(job, "prepare_rank", lambda devices: None)
+    monkeypatch.setattr(job, "requeue_preempted", lambda: None)  # test_slurm has the real queue
     monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
     monkeypatch.setenv("RANK", "0")
     call = job.Job(to_dict(Recipe()), "runs/a")
