@@ -209,7 +209,7 @@ def test_a_killed_run_names_what_it_was_reading_goes_on_once_that_is_mended_and_
     start, tmp_path
 ):
     killed = start(ranks=2)
-    killed.wait_for_step(1, seconds=120)
+    killed.wait_for_step(3, seconds=120)
     killed.kill_rank(1)
     status, output = killed.wait(seconds=60)
     assert status == 1, output
