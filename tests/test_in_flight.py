@@ -113,6 +113,7 @@ def test_a_disk_that_takes_no_record_is_warned_of_once_and_reading_goes_on(
         train.next()
     assert len(caplog.records) == 1
     assert "not recorded" in caplog.text
+    assert not records.exists()
 
 
 def test_among_good_images_the_first_that_cannot_be_read_is_named_with_its_cause(folder):

@@ -55,22 +55,18 @@ class Record:
             os.ftruncate(self._descriptor, len(line))
         except OSError as error:
             log.warning("the images in flight are not recorded: %s", error)
-            self._let_go()
+            self.close()
             self._path = None
 
     def close(self) -> None:
         """The images have been read, or are not wanted: remove the file, and the folder with the last one."""
         if self._path is not None and self._descriptor is not None:
-            self._let_go()
+            descriptor, self._descriptor = self._descriptor, None
+            with suppress(OSError):
+                os.close(descriptor)
             with suppress(OSError):
                 self._path.unlink(missing_ok=True)
                 self._path.parent.rmdir()
-
-    def _let_go(self) -> None:
-        if self._descriptor is not None:
-            with suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = None
 
 
 def check_left_behind(folder: Path, images: tuple[Source, Source], world: World) -> None:
@@ -82,7 +78,8 @@ def check_left_behind(folder: Path, images: tuple[Source, Source], world: World)
     Raises:
         RecipeError: on every rank, naming an image that cannot be read; the records stay.
     """
-    by_split = dict(zip(("train", "val"), images, strict=True))
+    named = zip(("train", "val"), images, strict=True)
+    by_split = {split: source for split, source in named if source.kind != "pixels"}
     suspects = on_main(world, lambda: left_behind(folder, by_split))
     if suspects:
         log.info(
