@@ -5,12 +5,12 @@ run_dir/
   layers.txt        what was swapped and why not
   comm.json         what comm.mode=auto took, for how many ranks, and what was measured
   checkpoints/      see checkpoint.py
-  in_flight/        the images being read, while they are; see data/in_flight.py
   metrics.jsonl     one row every few steps; see metrics/journal.py
   wandb/            Weights & Biases; its run id in wandb_run_id
   summary.json      written at the end, for programs
   summary.txt       the same for people
   submitit/         job files and logs of python -m launch
+  in_flight/        the images being read, while they are; see data/in_flight.py
   .lock             held by the job that works here; see run_lock.py
 """
 
