@@ -10,6 +10,7 @@ run_dir/
   summary.json      written at the end, for programs
   summary.txt       the same for people
   submitit/         job files and logs of python -m launch
+  in_flight/        the images being read, while they are; see data/in_flight.py
   .lock             held by the job that works here; see run_lock.py
 """
 

@@ -23,7 +23,7 @@ from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, open_source
+from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight, open_source
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED
 from cyclebnn_dist.logs import configure_logging
@@ -229,6 +229,7 @@ def assemble(
     Raises:
         Preempted: on every rank, before the folder is claimed.
     """
+    in_flight.check_left_behind(run_dir / in_flight.FOLDER, images, world)
     train_images, val_images = images
     batch_size = per_rank_batch(recipe.train, world_size=world.size)
     mixing = Mixing(
@@ -249,7 +250,7 @@ def assemble(
     optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
 
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
-    reading = {**place, "channels_last": recipe.model.channels_last}
+    reading = {**place, "channels_last": recipe.model.channels_last, "in_flight": run_dir / in_flight.FOLDER}
     reducer = build_reducer(
         recipe.comm,
         model.named_parameters(),

@@ -99,12 +99,19 @@ def wait_for_any(processes: Iterable[Process], *, seconds: float) -> None:
             os.close(descriptor)
 
 
+_IMAGE = " (if an image was to blame, starting again names it)"
+_HINTS = {
+    signal.SIGKILL: " (somebody's kill, or the machine is out of memory)",
+    signal.SIGSEGV: _IMAGE,
+    signal.SIGBUS: _IMAGE,
+}
+
+
 def manner_of_end(exit_status: int | None) -> str:
     """Return how a process ended, as far as it could be seen."""
     if exit_status is None:
         return "ended without a result"
     if os.WIFSIGNALED(exit_status):
-        number = os.WTERMSIG(exit_status)
-        hint = " (somebody's kill, or the machine is out of memory)" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{hint}"
+        number = signal.Signals(os.WTERMSIG(exit_status))
+        return f"was killed by {number.name}{_HINTS.get(number, '')}"
     return f"ended with status {os.waitstatus_to_exitcode(exit_status)}"

@@ -77,6 +77,13 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
+def jpeg_of_impossible_depth() -> bytes:
+    """A JPEG whose header gives 120 bits a channel: ``peek_image_shape`` finds its size, and the decoder refuses it."""
+    head, frame, rest = encoded(size=(500, 375)).partition(b"\xff\xc0\x00\x11\x08")
+    assert rest
+    return head + frame[:-1] + b"\x78" + rest
+
+
 def expected_pixels(name: str, content: bytes) -> np.ndarray:
     """What a good file shows, int64 [HEIGHT, WIDTH, 3], by Pillow."""
     if name == "grey_16_bits.png":  # Pillow cuts these at 255

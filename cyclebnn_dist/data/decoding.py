@@ -17,8 +17,8 @@ fn: Any = dali.fn
 types: Any = dali.types
 
 MOST = 8
-"""Images decoded together. More than four a thread DALI 2.4 parses by several threads at once, and when one image of
-such a batch is none, it may be gone before the others are done: the process then dies of a segmentation fault."""
+"""Images decoded together. The headers of 32 or more DALI 2.4 parses by several threads at once, one of which does not
+wait for the others when its image has none: the process may then die of a segmentation fault (see in_flight.py)."""
 
 
 class Decoding:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
 from cyclebnn_dist.data.cifar_pipeline import padded_crop_feeds
 from cyclebnn_dist.data.erasing import erase_
+from cyclebnn_dist.data.in_flight import Record
 from cyclebnn_dist.data.order import epoch_permutation, uniforms, windowed_permutation
 from cyclebnn_dist.data.pipeline import num_columns, training_feeds
 from cyclebnn_dist.data.reader import IMAGE_DTYPE, Batch, Reader
@@ -52,6 +54,7 @@ class TrainLoader:
         device: torch.device,
         steps_per_epoch: int | None = None,
         channels_last: bool = False,
+        in_flight: Path | None = None,
     ) -> None:
         """
         Args:
@@ -60,6 +63,7 @@ class TrainLoader:
             seed: the same on every rank.
             steps_per_epoch: micro-batches per epoch; default: as many full ones as there are.
             channels_last: memory layout of the images.
+            in_flight: folder for the record of the images being read; default: none is kept.
 
         Raises:
             RecipeError: fewer images than one micro-batch of all ranks.
@@ -81,6 +85,7 @@ class TrainLoader:
         self._seed = seed
         self._device = device
         self._channels_last = channels_last
+        self._record = Record(in_flight, split="train", rank=rank, digest=images.digest)
         self._reader: Reader | None = None
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._position = 0
@@ -111,6 +116,7 @@ class TrainLoader:
                 training=True,
                 device=self._device,
                 channels_last=self._channels_last,
+                record=self._record,
             )
         self._fill(self._reader)
         batch = self._reader.collect()
@@ -195,6 +201,7 @@ class TrainLoader:
     def close(self) -> None:
         """Stop DALI's threads and free its buffers; ``next`` would start them again."""
         self._reader = None
+        self._record.close()
         self._submitted = self._position
 
     def _fill(self, reader: Reader) -> None:
@@ -256,6 +263,7 @@ class EvalLoader:
         world_size: int,
         device: torch.device,
         channels_last: bool = False,
+        in_flight: Path | None = None,
     ) -> None:
         self._images = images
         self._config = config
@@ -263,6 +271,7 @@ class EvalLoader:
         self._mine = np.arange(rank, len(images), world_size, dtype=np.int64)
         self._device = device
         self._channels_last = channels_last
+        self._record = Record(in_flight, split="val", rank=rank, digest=images.digest)
         self._reader: Reader | None = None
 
     def __len__(self) -> int:
@@ -283,6 +292,7 @@ class EvalLoader:
                 training=False,
                 device=self._device,
                 channels_last=self._channels_last,
+                record=self._record,
             )
         reader = self._reader
         starts = iter(range(0, len(self._mine), self._batch_size))
@@ -297,3 +307,4 @@ class EvalLoader:
     def close(self) -> None:
         """Stop DALI's threads and free its buffers; another pass would start them again."""
         self._reader = None
+        self._record.close()

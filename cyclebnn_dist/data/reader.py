@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import DataConfig
-from cyclebnn_dist.data.decoding import Decoding, problem_of_image
+from cyclebnn_dist.data.in_flight import Record, refuse_unreadable
 from cyclebnn_dist.data.pipeline import build_pipeline
 from cyclebnn_dist.data.source import Source
 
@@ -57,8 +56,10 @@ class Reader:
         training: bool,
         device: torch.device,
         channels_last: bool,
+        record: Record,
     ) -> None:
         self._source = source
+        self._record = record
         self._labels = torch.from_numpy(source.labels.astype(np.int64)).to(device)
         self._device = device
         self._channels_last = channels_last
@@ -92,6 +93,8 @@ class Reader:
         Raises:
             RecipeError: an image of an earlier batch cannot be read; the message names the file.
         """
+        waiting = (item[0] for item in self._waiting)
+        self._record.write(np.concatenate([*self._in_flight, *waiting, ids]).tolist())
         if not self._primed:
             self._prime(ids[:1], {name: values[:1] for name, values in feeds.items()})
         self._waiting.append((ids, feeds, self._read(ids)))
@@ -164,26 +167,8 @@ class Reader:
             raise self._explain(error) from error
 
     def _explain(self, error: RuntimeError) -> Exception:
-        """DALI's message does not name the image: decode those in flight one by one."""
+        """DALI's message does not name the image: decode those in flight again."""
         ids = [int(index) for index in itertools.chain.from_iterable(self._in_flight)]
-        if self._source.kind != "pixels":
-            decoding = Decoding(device=self._device)
-            for index in ids:
-                problem = self._problem(index, decoding)
-                if problem:
-                    return RecipeError(
-                        "data.path",
-                        f"cannot read image {self._source.name(index)}: {problem}",
-                        "repair it, or leave it out by data.skip_list; cyclebnn data check finds all such files"
-                        if self._source.kind == "paths"
-                        else "make the shard again, or leave it out by data.skip_list, as <split>/<shard>/<key>; "
-                        "cyclebnn data check finds all such images",
-                    )
-        return RuntimeError(f"DALI failed on one of {', '.join(map(self._source.name, ids))}: {error}")
-
-    def _problem(self, index: int, decoding: Decoding) -> str | None:
-        try:
-            encoded = self._source.encoded(index)
-        except OSError as error:
-            return error.strerror or str(error)
-        return problem_of_image(np.frombuffer(encoded, np.uint8), decoding)
+        return refuse_unreadable(self._source, ids, device=self._device) or RuntimeError(
+            f"DALI failed on one of {', '.join(map(self._source.name, ids))}: {error}"
+        )
