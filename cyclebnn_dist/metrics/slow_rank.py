@@ -56,6 +56,7 @@ class SlowRankReport:
         self._steps_of_life = 0
         self._own_seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
         self._slow_place, self._slow_windows, self._slow_steps = "", 0, 0
+        self._warn_at = WINDOWS
 
     def add(self, *, own_seconds: float, data_seconds: float) -> None:
         """Count one step of this rank.
@@ -93,12 +94,13 @@ class SlowRankReport:
             place = ""
         if place != self._slow_place:
             self._slow_place, self._slow_windows, self._slow_steps = place, 0, 0
+            self._warn_at = WINDOWS
         self._slow_windows += 1
         self._slow_steps += steps
-        doublings, rest = divmod(self._slow_windows, WINDOWS)
-        if not place or not world.is_main or self._slow_steps < LEAST_STEPS:
-            return
-        if not rest and doublings & (doublings - 1) == 0:
+        enough = self._slow_windows >= self._warn_at and self._slow_steps >= LEAST_STEPS
+        if place and enough:
+            self._warn_at = 2 * self._slow_windows
+        if place and enough and world.is_main:
             cause = "waiting for images" if slowest.data_share > 0.5 else "computing"
             log.warning(
                 "%s is slow: its own part of a step takes %.3g s, %.2f times the median, in each of the last %d reports "
