@@ -2,7 +2,8 @@
 
 What an operation does, its magnitudes and its name stay DALI's. Its affine warps compute a pixel in about 40 ns on
 a CPU; OpenCV's, behind ``warp_perspective``, need a sixth of that and differ by one level of 255 in few pixels. Its
-contrast makes three passes in floating point, where one operator does it in one.
+contrasts and solarization make several passes, where one operator does it in one; its saturation rounds every value by
+a call of a function, and is torch's here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from nvidia import dali
 from nvidia.dali.auto_aug.core import augmentation
 
@@ -74,6 +76,42 @@ def _contrast(data: Any, parameter: Any) -> Any:
     return fn.contrast(data, contrast=parameter, contrast_center=grey_level(data))
 
 
+def _auto_contrast(data: Any, _: Any) -> Any:
+    lowest, highest = (
+        fn.cast(extreme(data, axes=(0, 1)), dtype=types.FLOAT)
+        for extreme in (fn.reductions.min, fn.reductions.max)
+    )
+    varies = highest > lowest
+    return fn.crop_mirror_normalize(
+        data,
+        mean=lowest * varies,
+        std=(highest - lowest) / 255.0 * varies + (varies ^ True),
+        dtype=types.UINT8,
+        output_layout="HWC",
+    )
+
+
+def _solarize(data: Any, threshold: Any) -> Any:
+    return data ^ ((data >= threshold) * types.Constant(255, dtype=types.UINT8))
+
+
+def _colour(data: Any, parameter: Any) -> Any:
+    return fn.python_function(
+        data, parameter, function=_saturated, batch_processing=True, output_layouts="HWC"
+    )
+
+
+def _saturated(images: Sequence[np.ndarray], factors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Images with colours ``factor`` times as far from their grey."""
+    found = []
+    for image, factor in zip(images, factors, strict=True):
+        pixels = torch.from_numpy(image).float()
+        red, green, blue = pixels.unbind(-1)
+        grey = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[..., None]
+        found.append(torch.lerp(grey, pixels, float(factor)).round_().clamp_(0, 255).to(torch.uint8).numpy())
+    return found
+
+
 _FASTER: dict[str, Callable[..., Any]] = {
     "shear_x": _shear,
     "shear_y": _shear,
@@ -81,4 +119,7 @@ _FASTER: dict[str, Callable[..., Any]] = {
     "translate_y": _translate_y,
     "rotate": _rotate,
     "contrast": _contrast,
+    "auto_contrast": _auto_contrast,
+    "solarize": _solarize,
+    "color": _colour,
 }
