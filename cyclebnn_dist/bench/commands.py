@@ -60,7 +60,7 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
         help="decoding threads (default: 1, 2, 4 ... all cores)",
     )
     data.add_argument("--image-size", type=int, default=224, help="side of an image in pixels (default: 224)")
-    data.add_argument("--batch", type=int, default=32, help="images of a batch (default: 32)")
+    data.add_argument("--batch", type=int, default=64, help="images of a batch (default: 64)")
     data.add_argument(
         "--model", default="resnet18", help="timm model to train, or none to leave it out (default: resnet18)"
     )
