@@ -17,7 +17,7 @@ from launching import ROOT, TINY_RECIPE, Launched
 from safetensors.torch import load_file
 from worlds import make_world
 
-from cyclebnn_dist import checkpoint, run_lock, train
+from cyclebnn_dist import assembly, checkpoint, run_lock, train
 from cyclebnn_dist.checkpoint.writing import Writing
 from cyclebnn_dist.comm import verdict
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
@@ -194,7 +194,11 @@ def test_a_second_signal_breaks_neither_the_save_nor_the_requeue(
 def starting(rank, size, path, phase, reached):
     """Signal one rank in a phase of the start; the status, and how many steps were begun."""
     steps, begin = [], DDPEngine.begin_step
-    places = {"scan": (train, "scan_images"), "lock": (run_lock, "_acquire"), "model": (train, "build_model")}
+    places = {
+        "scan": (train, "scan_images"),
+        "lock": (run_lock, "_acquire"),
+        "model": (assembly, "build_model"),
+    }
     places |= {
         "auto": (verdict, "measure_codec"),
         "restore": (train, "announce"),
