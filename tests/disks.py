@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,15 @@ def small_disk(folder: Path, *, megabytes: int) -> Iterator[Path]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Within it nothing at ``folder`` can be opened for writing; what is open already can still be written."""
+    """Within it nothing at ``folder`` can be opened for writing; it begins when nothing is."""
     with _mounted("--bind", str(folder), str(folder)):
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+        remount = ["mount", "-o", "remount,bind,ro", str(folder)]
+        for _ in range(1000):
+            if not subprocess.run(remount, capture_output=True).returncode:
+                break
+            time.sleep(0.01)  # busy: a file there is being written
+        else:
+            subprocess.run(remount, check=True)
         yield
 
 

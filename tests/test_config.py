@@ -280,7 +280,15 @@ def test_the_defaults_are_valid():
     validate(Recipe())
 
 
-plain_text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+plain_text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
+    lambda text: "${" not in text
+)
+
+
+@pytest.mark.parametrize("change", [{"wandb__tags": ("a", "${b")}, {"model__kwargs": {"${b": 1}}])
+def test_text_that_would_be_a_reference_once_saved_is_refused(change):
+    with pytest.raises(RecipeError, match=next(iter(change)).replace("__", ".")):
+        validate(changed(Recipe(), **change))
 
 
 @given(

@@ -64,7 +64,7 @@ def test_what_a_loader_hands_to_dali_is_on_disk_before_and_is_removed_at_its_end
     assert [path.name for path in records.iterdir()] == ["train_rank0.json"]
     train.close()
     assert not records.exists()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name == in_flight.__name__]
 
 
 def test_without_a_folder_nothing_is_kept(folder, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_disk_that_takes_no_record_is_warned_of_once_and_reading_goes_on(
         assert [len(train.next().ids) for _ in range(3)] == [4, 4, 4]
         train.close()
         train.next()
-    assert len(caplog.records) == 1
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
     assert "not recorded" in caplog.text
     assert not records.exists()
 

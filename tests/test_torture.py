@@ -4,7 +4,7 @@ from torture import start, torture
 
 
 def test_a_run_that_is_struck_again_and_again_ends_as_if_left_in_peace(tmp_path, tiny_data):
-    epochs, rounds = 24.0, 4
+    epochs, rounds = 20.0, 3
     peace = start(tmp_path, "undisturbed", data=tiny_data, epochs=epochs)
     status, output = peace.wait(seconds=300)
     assert status == 0, output

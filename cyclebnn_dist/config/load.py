@@ -113,7 +113,7 @@ def save_recipe(recipe: Recipe, path: str | os.PathLike[str]) -> None:
 
 
 def load_saved(path: str | os.PathLike[str]) -> Recipe:
-    """Read what save_recipe wrote; ``${...}`` in it is text.
+    """Read what save_recipe wrote.
 
     Raises:
         RecipeError: the file is missing, is not YAML, or has keys this version does not know.

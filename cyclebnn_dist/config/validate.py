@@ -66,6 +66,11 @@ def validate(recipe: Recipe) -> None:
         RecipeError: the first rule that is broken, with the dotted key and the cure.
     """
     values = flatten(recipe)
+    for key, value in values.items():
+        if "${" in repr(value):  # the saved recipe would not be read again as it was written
+            raise RecipeError(
+                key, f"{_show(value)} holds ${{ after its references are resolved", "leave it out"
+            )
     for keys, rule, words in _RANGES:
         for key in keys.split():
             if not rule(values[key]):
