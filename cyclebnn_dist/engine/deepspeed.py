@@ -197,4 +197,5 @@ def deepspeed_config(config: EngineConfig, *, amp: Literal["fp32", "bf16"]) -> d
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """A view of a dense tensor whose dimensions go from the widest stride to the narrowest, as DDP lays out its buckets."""
-    return tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim)))
+    strides = tensor.stride()
+    return tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))

@@ -130,8 +130,8 @@ def _refusal(problem: str) -> RecipeError:
 @contextmanager
 def in_existing_groups(deepspeed: Any, *, local_rank: int) -> Iterator[None]:
     """While DeepSpeed is initialized: it takes the default process group as it is, and makes none of its own."""
-    comm = importlib.import_module("deepspeed.comm.comm")
-    groups = importlib.import_module("deepspeed.utils.groups")
+    comm: Any = importlib.import_module("deepspeed.comm.comm")
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
     comm.cdb = None
     groups._release_process_group_references()
     groups._WORLD_GROUP = dist.group.WORLD
