@@ -208,7 +208,7 @@ def test_an_infinite_gradient_of_one_rank_leaves_no_trace_at_any_stage(ranks):
 
 
 def leave_out_a_layer(rank, n, stage):
-    engine, reducer = build(rank, n, stage)
+    engine, _ = build(rank, n, stage)
     engine.begin_step(0, lr=0.1, communication_bits=4)
     body = engine.module.body(torch.relu(engine.module.stem(torch.ones(2, 3, 9, 9))))
     logits = engine.forward(torch.ones(2, 3, 9, 9))
@@ -230,7 +230,7 @@ def test_another_deepspeed_is_refused_by_name(monkeypatch):
         zero.check_version("0.19.9")
     deepspeed = zero.open_deepspeed(torch.device("cpu"))
     monkeypatch.setitem(zero.SIGNATURES, "DeepSpeedZeroOptimizer.average_tensor", ("self", "tensor"))
-    with pytest.raises(RecipeError, match="average_tensor is .*communication_data_type"):
+    with pytest.raises(RecipeError, match=r"average_tensor is .*communication_data_type"):
         zero.check_signatures(deepspeed)
 
 
