@@ -26,10 +26,20 @@ BITS = [4, 2, 8, 16, 1, 32, 3]
 STAGES = [0, 1, 2]
 
 
-def build(rank, n, stage, *, optimizer="adamw", amp="fp32", feedback=False, bucket_mb=0.01):
+def build(
+    rank,
+    n,
+    stage,
+    *,
+    optimizer="adamw",
+    amp="fp32",
+    feedback=False,
+    bucket_mb=0.01,
+    memory_format=torch.contiguous_format,
+):
     """Engine and reducer of a small net; ``stage`` None is DDP."""
     torch.manual_seed(0)
-    model = Net(spare=False)
+    model = Net(spare=False).to(memory_format=memory_format)
     comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback)
     world = make_world(rank, n)
     reducer = build_reducer(
@@ -136,6 +146,28 @@ def test_bytes_are_those_of_the_width_of_the_step_once_a_step(ranks, stage):
         assert found == expected
         assert all(indices == list(range(8)) for indices in everything)
         assert sorted(BITS, key=dict(zip(BITS, found, strict=True)).__getitem__) == sorted(BITS)
+
+
+def train_in_channels_last(rank, n):
+    return train_all_engines(rank, n, {"memory_format": torch.channels_last}, {"steps": range(7)}, [0])
+
+
+def test_stage_0_keeps_the_memory_layout_and_quantizes_in_it_as_ddp_does(ranks):
+    for results in ranks(2, train_in_channels_last):
+        for (_, _, expected), (_, _, found) in zip(results[None], results[0], strict=True):
+            assert same(expected, found)
+            assert found["body.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def train_alone(rank, n):
+    return train_all_engines(rank, n, {}, {"steps": range(5), "accumulation": 2, "clip": 0.5}, STAGES)
+
+
+def test_a_world_of_one_trains_as_ddp_does(ranks):
+    results = ranks(1, train_alone)[0]
+    for stage in STAGES:
+        assert same(results[None][-1][2], results[stage][-1][2])
+        assert results[stage][-1][1] == 0
 
 
 def change_engine(rank, n, first, second, options, training):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -20,6 +21,11 @@ from cyclebnn_dist.optimizer import (
     set_learning_rate,
 )
 from cyclebnn_dist.world import World
+
+log = logging.getLogger(__name__)
+
+BUCKETS_UNDER_WAY = 2
+"""Copies of buckets that exist at a time at stage 0, beside the one that is being made."""
 
 NO_LOSS_SCALE: dict[str, Any] = {}
 """What a ``GradScaler`` that is switched off has for state."""
@@ -75,6 +81,13 @@ class DeepSpeedEngine:
             for bucket in assumed_buckets(reducer.layout, bucket_mb=config.bucket_mb)
         ]
         self._norms: dict[int, torch.Tensor] = {}
+        if self._stage > 0 and world.is_main and world.size > 1:
+            numel = sum(self._parameters[index].numel() for index in self._trained)
+            log.info(
+                "ZeRO stage %d: beside its gradients each rank sends %.1f MB of updated weights a step, in fp32",
+                self._stage,
+                4e-6 * numel * (world.size - 1) / world.size,
+            )
 
     def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
         set_learning_rate(self._optimizer, lr)
@@ -156,7 +169,7 @@ class DeepSpeedEngine:
 
     def _average_gradients(self) -> None:
         """Collective: every rank calls this. Average ``grad`` of all parameters in place; no-one does it at stage 0."""
-        under_way = []
+        under_way: list[tuple[torch.futures.Future[torch.Tensor], list[torch.Tensor]]] = []
         for bucket in self._buckets:
             gradients = [
                 in_memory_order(gradient)
@@ -167,14 +180,21 @@ class DeepSpeedEngine:
                 continue
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             under_way.append((self._reducer.reduce_flat(flat, parameters=bucket), gradients))
+            if len(under_way) > BUCKETS_UNDER_WAY:
+                write_back(*under_way.pop(0))
         for future, gradients in under_way:
-            parts = future.wait().split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view(gradient.shape))
+            write_back(future, gradients)
         for index in self._trained:
             averaged = self._parameters[index].grad
             if averaged is not None:
                 self._norms[index] = torch.linalg.vector_norm(averaged)
+
+
+def write_back(future: torch.futures.Future[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+    """Wait for an averaged bucket and copy it to where its gradients came from."""
+    parts = future.wait().split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view(gradient.shape))
 
 
 def deepspeed_config(config: EngineConfig, *, amp: Literal["fp32", "bf16"]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def open_deepspeed(device: torch.device) -> Any:
     logger.propagate = True
     logger.setLevel(logging.WARNING)
     check_signatures(deepspeed)
+    # DeepSpeed gathers weights under the name that torch 2.13 is about to change.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     # Its only use is DeepSpeed's own all-reduce on CPUs, and it takes a C++ compiler half a minute.
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
