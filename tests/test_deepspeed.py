@@ -33,6 +33,7 @@ def build(
     *,
     optimizer="adamw",
     amp="fp32",
+    frozen=(),
     feedback=False,
     bucket_mb=0.01,
     memory_format=torch.contiguous_format,
@@ -40,13 +41,15 @@ def build(
     """Engine and reducer of a small net; ``stage`` None is DDP."""
     torch.manual_seed(0)
     model = Net(spare=False).to(memory_format=memory_format)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback)
     world = make_world(rank, n)
     reducer = build_reducer(
         comm, model.named_parameters(), rank=rank, world_size=n, seed=1, device=world.device
     )
-    weights = {name: p for name, p in model.named_parameters() if p.ndim > 1}
-    others = {name: p for name, p in model.named_parameters() if p.ndim <= 1}
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    others = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim <= 1}
     groups = [
         {"params": list(g.values()), "names": list(g), "lr_scale": scale, "weight_decay": decay}
         for g, scale, decay in [(weights, 1.0, 0.05), (others, 0.5, 0.0)]
@@ -100,6 +103,7 @@ WAYS = {
     "cyclic, clipped, feedback": ({"feedback": True}, {"clip": 0.5}),
     "accumulating, clipped": ({"feedback": True}, {"accumulation": 3, "clip": 0.5}),
     "bf16": ({"amp": "bf16"}, {}),
+    "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
     "one bucket": ({"bucket_mb": 25.0}, {}),
 }
 

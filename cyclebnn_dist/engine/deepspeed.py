@@ -76,10 +76,11 @@ class DeepSpeedEngine:
         self._parameters = [named[parameter.name] for parameter in reducer.layout.parameters]
         self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         self._trained = [i for i, parameter in enumerate(self._parameters) if parameter.requires_grad]
-        self._buckets = [
+        buckets = (
             [index for index in bucket if self._parameters[index].requires_grad]
             for bucket in assumed_buckets(reducer.layout, bucket_mb=config.bucket_mb)
-        ]
+        )
+        self._buckets = [bucket for bucket in buckets if bucket]
         self._norms: dict[int, torch.Tensor] = {}
         if self._stage > 0 and world.is_main and world.size > 1:
             numel = sum(self._parameters[index].numel() for index in self._trained)
