@@ -92,7 +92,7 @@ def assemble(
             "schedule": wished.digest(),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
-            "backend": reducer.backend,
+            "backend": f"{reducer.backend}, {recipe.engine.name} of stage {recipe.engine.zero_stage}",
         },
         timeout_seconds=recipe.run.collective_timeout_seconds,
     )

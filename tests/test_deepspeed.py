@@ -34,6 +34,7 @@ def build(
     optimizer="adamw",
     amp="fp32",
     frozen=(),
+    hierarchical=False,
     feedback=False,
     bucket_mb=0.01,
     memory_format=torch.contiguous_format,
@@ -43,11 +44,10 @@ def build(
     model = Net(spare=False).to(memory_format=memory_format)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback)
+    comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback, hierarchical=hierarchical)
     world = make_world(rank, n)
-    reducer = build_reducer(
-        comm, model.named_parameters(), rank=rank, world_size=n, seed=1, device=world.device
-    )
+    place = {"rank": rank, "world_size": n, "seed": 1, "device": world.device}
+    reducer = build_reducer(comm, model.named_parameters(), ranks_per_node=2, **place)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     others = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim <= 1}
     groups = [
@@ -150,6 +150,14 @@ def test_bytes_are_those_of_the_width_of_the_step_once_a_step(ranks, stage):
         assert found == expected
         assert all(indices == list(range(8)) for indices in everything)
         assert sorted(BITS, key=dict(zip(BITS, found, strict=True)).__getitem__) == sorted(BITS)
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_four_ranks_train_as_under_ddp_also_in_two_levels(ranks, hierarchical):
+    options, training = {"hierarchical": hierarchical}, {"steps": range(7), "clip": 0.5}
+    for results in ranks(4, train_all_engines, options, training, STAGES):
+        for stage in STAGES:
+            assert same(results[None][-1][2], results[stage][-1][2])
 
 
 def train_in_channels_last(rank, n):
@@ -268,6 +276,23 @@ def test_another_deepspeed_is_refused_by_name(monkeypatch):
     monkeypatch.setitem(zero.SIGNATURES, "DeepSpeedZeroOptimizer.average_tensor", ("self", "tensor"))
     with pytest.raises(RecipeError, match=r"average_tensor is .*communication_data_type"):
         zero.check_signatures(deepspeed)
+
+
+def open_with_another_version_on_one_rank(rank, n):
+    tested = zero.TESTED_VERSIONS
+    if rank == 1:
+        zero.TESTED_VERSIONS = ("0.0.0",)
+    try:
+        build(rank, n, 1)
+    except RecipeError as error:
+        return str(error)
+    finally:
+        zero.TESTED_VERSIONS = tested
+
+
+def test_another_deepspeed_on_one_rank_ends_all_of_them_at_once(ranks):
+    for message in ranks(2, open_with_another_version_on_one_rank):
+        assert "tested with 0.0.0" in message
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch import nn
 
 from cyclebnn_dist.comm import Reducer
 from cyclebnn_dist.comm.traffic import assumed_buckets
+from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.engine import zero
 from cyclebnn_dist.engine.partition import gather_state_by_name, load_state_by_name
@@ -20,7 +21,7 @@ from cyclebnn_dist.optimizer import (
     optimizer_state_by_name,
     set_learning_rate,
 )
-from cyclebnn_dist.world import World
+from cyclebnn_dist.world import World, share_refusal
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class DeepSpeedEngine:
         """Collective: every rank calls this. Weights of rank 0 become everyone's.
 
         Raises:
-            RecipeError: for a DeepSpeed that this has not been tested with.
+            RecipeError: on every rank, if one has a DeepSpeed that this has not been tested with.
         """
         self.module = model
         self._optimizer = optimizer
@@ -59,7 +60,7 @@ class DeepSpeedEngine:
         self._world = world
         self._stage = config.zero_stage
         self._accumulating = False
-        deepspeed = zero.open_deepspeed(world.device)
+        deepspeed = open_everywhere(world)
         layouts = [parameter.stride() for parameter in model.parameters()]
         with zero.in_existing_groups(deepspeed, local_rank=world.device.index or 0):
             for parameter in model.parameters():
@@ -189,6 +190,21 @@ class DeepSpeedEngine:
             averaged = self._parameters[index].grad
             if averaged is not None:
                 self._norms[index] = torch.linalg.vector_norm(averaged)
+
+
+def open_everywhere(world: World) -> Any:
+    """Collective: every rank calls this. The package, or the refusal of the first rank that has another one.
+
+    Raises:
+        RecipeError: on every rank.
+    """
+    deepspeed, refusal = None, None
+    try:
+        deepspeed = zero.open_deepspeed(world.device)
+    except RecipeError as error:
+        refusal = error
+    share_refusal(world, refusal)
+    return deepspeed
 
 
 def write_back(future: torch.futures.Future[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:

@@ -73,9 +73,12 @@ def open_deepspeed(device: torch.device) -> Any:
     """The package, imported when first asked for, quiet, and with nothing left to compile on a CPU.
 
     Raises:
-        RecipeError: for a version this has not run with, or one in which a touched method is another.
+        RecipeError: where there is none, for a version this has not run with, or one in which a touched method is another.
     """
-    check_version(importlib.metadata.version("deepspeed"))
+    try:
+        check_version(importlib.metadata.version("deepspeed"))
+    except ImportError as error:
+        raise _refusal("DeepSpeed is not installed") from error
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logger = logging.getLogger("DeepSpeed")
