@@ -20,7 +20,7 @@ from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
-from cyclebnn_dist.engine import DDPEngine
+from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
@@ -92,7 +92,7 @@ def assemble(
             "schedule": wished.digest(),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
-            "backend": reducer.backend,
+            "backend": f"{reducer.backend}, {recipe.engine.name} of stage {recipe.engine.zero_stage}",
         },
         timeout_seconds=recipe.run.collective_timeout_seconds,
     )
@@ -103,9 +103,7 @@ def assemble(
     precision = communicated_precision(precision, comm_mode, world_size=world.size)
     schedule = build_schedule(precision, **length, warn=world.is_main)
     agreement.settle({"communication mode": comm_mode, "schedule": schedule.digest()})
-    engine = DDPEngine(
-        model, optimizer, reducer, config=recipe.engine, amp=recipe.train.amp, device=world.device
-    )
+    engine = build_engine(model, optimizer, reducer, recipe=recipe, world=world)
     train_loader = TrainLoader(
         train_images,
         recipe.data,
@@ -154,6 +152,17 @@ def assemble(
         comm_mode=comm_mode,
         verdict=verdict,
     )
+
+
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, reducer: Reducer, *, recipe: Recipe, world: World
+) -> Engine:
+    """Collective: every rank calls this. The engine the recipe asks for; DeepSpeed is imported only then."""
+    config, amp = recipe.engine, recipe.train.amp
+    if config.name == "ddp":
+        return DDPEngine(model, optimizer, reducer, config=config, amp=amp, device=world.device)
+    assert amp != "fp16"
+    return DeepSpeedEngine(model, optimizer, reducer, config=config, amp=amp, world=world)
 
 
 def settle_mode(

@@ -26,11 +26,12 @@ def take_snapshot(run: Run) -> Snapshot:
     buffers = averaged_buffers(run.model, world=run.world)
     ema_buffers = averaged_buffers(run.ema.module, world=run.world) if run.ema else {}
     evaluated = run.totals.evaluation.get("step") == run.step
+    engine_state = run.engine.state_dict()
     return Snapshot(
         step=run.step,
         model=model_state(run.model, buffers) if main else {},
         ema=model_state(run.ema.module, ema_buffers) if main and run.ema else {},
-        shared={"engine": run.engine.state_dict(), "totals": run.totals.state_dict()} if main else {},
+        shared={"engine": engine_state, "totals": run.totals.state_dict()} if main else {},
         own={
             "buffers": persistent_buffers(run.model),
             "ema_buffers": persistent_buffers(run.ema.module) if run.ema else {},

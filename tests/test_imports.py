@@ -129,3 +129,10 @@ def test_a_login_node_needs_no_torch(modules):
     code = f"import {modules}; import sys; print(*({{'torch', 'timm', 'nvidia', 'numba', 'wandb', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_deepspeed_is_imported_only_when_a_recipe_asks_for_it():
+    """It takes seconds, and writes to the console while it does."""
+    code = "import cyclebnn_dist.train; import sys; print(*({'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -304,8 +304,10 @@ class CommConfig:
 class EngineConfig:
     """What drives the parallel step."""
 
-    name: Literal["ddp"] = "ddp"
-    """ddp: torch DistributedDataParallel."""
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    """ddp: torch DistributedDataParallel; deepspeed: ZeRO, at stage zero_stage."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """Of DeepSpeed: what ranks share out among them; 0: nothing, 1: optimizer state, 2: also averaged gradients."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MiB."""
     find_unused_parameters: bool = False

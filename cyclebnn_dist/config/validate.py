@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cyclebnn_dist.config import schema
+from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
 from cyclebnn_dist.config.recipe import Recipe, WidthConfig
 
@@ -32,6 +33,8 @@ MAY_CHANGE = frozenset(
         "train.accumulation",
         "train.max_skipped_steps",
         "comm.check_every",
+        "engine.name",
+        "engine.zero_stage",
         "engine.bucket_mb",
         "eval.every_epochs",
         "eval.batch_size",
@@ -75,7 +78,15 @@ def validate(recipe: Recipe) -> None:
         for key in keys.split():
             if not rule(values[key]):
                 raise RecipeError(key, f"{_show(values[key])} is out of range", f"it must be {words}")
-    for check in (_check_data, _check_train, _check_optim, _check_precision, _check_comm, _check_model):
+    for check in (
+        _check_data,
+        _check_train,
+        _check_optim,
+        _check_precision,
+        _check_comm,
+        check_engine,
+        _check_model,
+    ):
         check(recipe)
 
 

@@ -42,7 +42,10 @@ class Engine(Protocol):
         """Update the weights, or ``skip`` it: on all ranks alike, since a rank's gradient is not finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State equal on all ranks: optimizer by parameter name, loss scale."""
+        """Collective: every rank calls this. What is equal on all ranks: optimizer by parameter name, loss scale.
+
+        Rank 0's is whole; where ranks share out the optimizer's state, the others have none of it.
+        """
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``."""
+        """Restore the ``state_dict`` of rank 0 of any engine, after the weights of the model have been restored."""

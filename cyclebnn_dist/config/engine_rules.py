@@ -1,0 +1,53 @@
+"""The rules an engine must keep: what DeepSpeed cannot do, and why."""
+
+from __future__ import annotations
+
+from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.recipe import Recipe
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Refuse what the chosen engine does not do.
+
+    Raises:
+        RecipeError: naming the key, the reason and the cure.
+    """
+    engine, stage = recipe.engine, recipe.engine.zero_stage
+    if engine.name != "deepspeed":
+        if stage:
+            raise RecipeError(
+                "engine.zero_stage",
+                f"{stage} beside engine.name={engine.name}, which shares out nothing",
+                "set engine.name=deepspeed, or engine.zero_stage=0",
+            )
+        return
+    if stage == 3:
+        raise RecipeError(
+            "engine.zero_stage",
+            "3 leaves no rank with whole weights, which widths, averaged weights, health and checkpoints read",
+            "use engine.zero_stage=2, which shares out all but the weights",
+        )
+    if stage and recipe.optim.name == "lamb":
+        raise RecipeError(
+            "optim.name",
+            "lamb needs the norm of every whole parameter, of which ZeRO leaves a rank a part",
+            "use optim.name=adamw, or engine.zero_stage=0",
+        )
+    if stage and recipe.model.channels_last:
+        raise RecipeError(
+            "model.channels_last",
+            f"true beside engine.zero_stage={stage}, which keeps weights one after the other in a flat tensor",
+            "set it to false, or engine.zero_stage=0",
+        )
+    if recipe.train.amp == "fp16":
+        raise RecipeError(
+            "train.amp", "fp16 has not been tried under DeepSpeed", "use train.amp=bf16, or engine.name=ddp"
+        )
+    for key, wanted in [
+        ("engine.find_unused_parameters", engine.find_unused_parameters),
+        ("model.compile", recipe.model.compile),
+    ]:
+        if wanted:
+            raise RecipeError(
+                key, "has no meaning yet under DeepSpeed", "set it to false, or engine.name=ddp"
+            )

@@ -1,0 +1,393 @@
+"""In live ranks. Without these a run could train otherwise under DeepSpeed than under DDP, or not go on from it."""
+
+import copy
+import math
+import signal
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from launching import TINY_RECIPE
+from safetensors.torch import load_file
+from test_hook import Net, same
+from torch import nn
+from worlds import make_world
+
+from cyclebnn_dist import train as train_module
+from cyclebnn_dist.comm import build_reducer
+from cyclebnn_dist.comm.traffic import sent_bytes
+from cyclebnn_dist.config import RecipeError, load_recipe
+from cyclebnn_dist.config.recipe import CommConfig, EngineConfig
+from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, zero
+from cyclebnn_dist.metrics import read_journal
+
+BITS = [4, 2, 8, 16, 1, 32, 3]
+STAGES = [0, 1, 2]
+
+
+def build(
+    rank,
+    n,
+    stage,
+    *,
+    optimizer="adamw",
+    amp="fp32",
+    frozen=(),
+    hierarchical=False,
+    feedback=False,
+    bucket_mb=0.01,
+    memory_format=torch.contiguous_format,
+):
+    """Engine and reducer of a small net; ``stage`` None is DDP."""
+    torch.manual_seed(0)
+    model = Net(spare=False).to(memory_format=memory_format)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback, hierarchical=hierarchical)
+    world = make_world(rank, n)
+    place = {"rank": rank, "world_size": n, "seed": 1, "device": world.device}
+    reducer = build_reducer(comm, model.named_parameters(), ranks_per_node=2, **place)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    others = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim <= 1}
+    groups = [
+        {"params": list(g.values()), "names": list(g), "lr_scale": scale, "weight_decay": decay}
+        for g, scale, decay in [(weights, 1.0, 0.05), (others, 0.5, 0.0)]
+    ]
+    if optimizer == "sgd":
+        made = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    else:
+        made = torch.optim.AdamW(groups, lr=0.1)
+    if stage is None:
+        engine = DDPEngine(
+            model, made, reducer, config=EngineConfig(bucket_mb=bucket_mb), amp=amp, device=world.device
+        )
+    else:
+        config = EngineConfig(name="deepspeed", zero_stage=stage, bucket_mb=bucket_mb)
+        engine = DeepSpeedEngine(model, made, reducer, config=config, amp=amp, world=world)
+    return engine, reducer
+
+
+def train(engine, reducer, rank, *, steps, bits=BITS, accumulation=1, clip=0.0, lr=0.01, overflow=None):
+    """Of each step: norm, bytes sent so far, copies of the parameters. What ranks see depends on rank and step alone."""
+    history = []
+    for step in steps:
+        data = torch.Generator().manual_seed(100 * step + rank)
+        engine.begin_step(step, lr=lr, communication_bits=bits[step % len(bits)])
+        for micro_step in range(accumulation):
+            with nullcontext() if micro_step == accumulation - 1 else engine.accumulating():
+                images = torch.randn(8, 3, 9, 9, generator=data)
+                labels = torch.randint(40, (8,), generator=data)
+                loss = nn.functional.cross_entropy(engine.forward(images), labels) / accumulation
+                engine.backward(loss * (float("inf") if overflow == step and rank == 1 else 1.0))
+        norm = engine.clip(clip)
+        engine.step(skip=not bool(torch.isfinite(norm)))
+        parameters = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        history.append((norm.item(), reducer.counters.sent_bytes, parameters))
+    return history
+
+
+def train_all_engines(rank, n, options, training, stages):
+    results = {}
+    for stage in [None, *stages]:
+        engine, reducer = build(rank, n, stage, **options)
+        results[stage] = train(engine, reducer, rank, **training)
+        reducer.close()
+    return results
+
+
+WAYS = {
+    "fp32": ({}, {"bits": [32]}),
+    "fp32, sgd": ({"optimizer": "sgd"}, {"bits": [32]}),
+    "4 bits": ({}, {"bits": [4]}),
+    "cyclic, clipped, feedback": ({"feedback": True}, {"clip": 0.5}),
+    "accumulating, clipped": ({"feedback": True}, {"accumulation": 3, "clip": 0.5}),
+    "bf16": ({"amp": "bf16"}, {}),
+    "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
+    "one bucket": ({"bucket_mb": 25.0}, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_stage_trains_as_ddp_to_the_last_bit(ranks, way):
+    """The reduced gradient is DDP's, element for element, and what optimizers do with it is elementwise."""
+    options, training = WAYS[way]
+    for results in ranks(2, train_all_engines, options, {"steps": range(20), **training}, STAGES):
+        norms = [norm for norm, _, _ in results[None]]
+        for stage in STAGES:
+            assert [norm for norm, _, _ in results[stage]] == norms
+            for (_, _, expected), (_, _, found) in zip(results[None], results[stage], strict=True):
+                assert same(expected, found), stage
+
+
+def train_counting_bytes(rank, n, stage):
+    """Bytes of each width from the counters and from the formula, for the buckets that the reducer was given."""
+    engine, reducer = build(rank, n, stage)
+    submit, buckets = reducer.reduce_flat, []
+
+    def noted(flat, *, parameters):
+        buckets[-1].append(tuple(parameters))
+        return submit(flat, parameters=parameters)
+
+    reducer.reduce_flat = noted
+    found, expected = [], []
+    for step, bits in enumerate(BITS):
+        buckets.append([])
+        before = reducer.counters.sent_bytes
+        train(engine, reducer, rank, steps=[step], accumulation=2)
+        found.append(reducer.counters.sent_bytes - before)
+        expected.append(
+            sum(sent_bytes(reducer.layout, b, bits=bits, codec="hadamard", rank=rank) for b in buckets[-1])
+        )
+    everything = [sorted(index for bucket in step for index in bucket) for step in buckets]
+    reducer.close()
+    return found, expected, everything
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_are_those_of_the_width_of_the_step_once_a_step(ranks, stage):
+    for found, expected, everything in ranks(2, train_counting_bytes, stage):
+        assert found == expected
+        assert all(indices == list(range(8)) for indices in everything)
+        assert sorted(BITS, key=dict(zip(BITS, found, strict=True)).__getitem__) == sorted(BITS)
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_four_ranks_train_as_under_ddp_also_in_two_levels(ranks, hierarchical):
+    options, training = {"hierarchical": hierarchical}, {"steps": range(7), "clip": 0.5}
+    for results in ranks(4, train_all_engines, options, training, STAGES):
+        for stage in STAGES:
+            assert same(results[None][-1][2], results[stage][-1][2])
+
+
+def train_in_channels_last(rank, n):
+    return train_all_engines(rank, n, {"memory_format": torch.channels_last}, {"steps": range(7)}, [0])
+
+
+def test_stage_0_keeps_the_memory_layout_and_quantizes_in_it_as_ddp_does(ranks):
+    for results in ranks(2, train_in_channels_last):
+        for (_, _, expected), (_, _, found) in zip(results[None], results[0], strict=True):
+            assert same(expected, found)
+            assert found["body.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def train_alone(rank, n):
+    return train_all_engines(rank, n, {}, {"steps": range(5), "accumulation": 2, "clip": 0.5}, STAGES)
+
+
+def test_a_world_of_one_trains_as_ddp_does(ranks):
+    results = ranks(1, train_alone)[0]
+    for stage in STAGES:
+        assert same(results[None][-1][2], results[stage][-1][2])
+        assert results[stage][-1][1] == 0
+
+
+def change_engine(rank, n, first, second, options, training):
+    """Six steps under one engine; as many with another from the third on, which takes over weights and state."""
+    engine, reducer = build(rank, n, first, **options)
+    undisturbed = train(engine, reducer, rank, steps=range(6), **training)
+    reducer.close()
+    engine, reducer = build(rank, n, first, **options)
+    train(engine, reducer, rank, steps=range(3), **training)
+    weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    carried = [copy.deepcopy(engine.state_dict())]
+    residuals = copy.deepcopy(reducer.state_dict())
+    reducer.close()
+    dist.broadcast_object_list(carried, src=0)
+    engine, reducer = build(rank, n, second, **options)
+    train(engine, reducer, rank, steps=[99], **training)
+    engine.module.load_state_dict(weights)
+    engine.load_state_dict(carried[0])
+    reducer.load_state_dict(residuals)
+    return undisturbed[3:], train(engine, reducer, rank, steps=range(3, 6), **training), carried[0]
+
+
+CHANGES = [(None, 0), (0, None), (None, 2), (2, None), (1, 1), (2, 2), (1, 2), (2, 0)]
+
+
+@pytest.mark.parametrize(("first", "second"), CHANGES)
+@pytest.mark.parametrize("n", [2, 3])
+def test_another_engine_goes_on_as_if_nothing_had_been(ranks, n, first, second):
+    options = {"optimizer": "sgd" if n == 3 else "adamw", "feedback": True}
+    for expected, found, carried in ranks(n, change_engine, first, second, options, {"clip": 0.5}):
+        assert carried["optimizer"].keys() == expected[0][2].keys()
+        for (norm, _, parameters), (norm_after, _, parameters_after) in zip(expected, found, strict=True):
+            assert norm == norm_after
+            assert same(parameters, parameters_after)
+
+
+def state_of_another_world(rank, n, stage, carried):
+    engine, reducer = build(rank, n, stage)
+    engine.load_state_dict(carried)
+    state = engine.state_dict()
+    reducer.close()
+    return state["optimizer"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_optimizers_state_outlives_a_change_of_the_number_of_ranks(ranks, stage):
+    expected = ranks(2, change_engine, stage, stage, {}, {})[0][2]
+    for n in (1, 4):
+        found = ranks(n, state_of_another_world, stage, expected)[0]
+        assert found.keys() == expected["optimizer"].keys()
+        for name, entries in expected["optimizer"].items():
+            assert entries.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            assert all(torch.equal(value, found[name][key]) for key, value in entries.items())
+
+
+def train_with_overflow(rank, n, stage):
+    engine, reducer = build(rank, n, stage, feedback=True)
+    history = train(engine, reducer, rank, steps=range(5), overflow=2)
+    reducer.close()
+    return history
+
+
+def test_an_infinite_gradient_of_one_rank_leaves_no_trace_at_any_stage(ranks):
+    expected = ranks(2, train_with_overflow, None)[0]
+    assert [math.isfinite(norm) for norm, _, _ in expected] == [True, True, False, True, True]
+    for stage in STAGES:
+        for history in ranks(2, train_with_overflow, stage):
+            assert same(history[1][2], history[2][2])
+            assert all(same(a[2], b[2]) for a, b in zip(expected, history, strict=True))
+
+
+def leave_out_a_layer(rank, n, stage):
+    engine, _ = build(rank, n, stage)
+    engine.begin_step(0, lr=0.1, communication_bits=4)
+    body = engine.module.body(torch.relu(engine.module.stem(torch.ones(2, 3, 9, 9))))
+    logits = engine.forward(torch.ones(2, 3, 9, 9))
+    try:
+        engine.backward((logits * 0).sum().detach() + body.sum())
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_without_a_gradient_are_named(ranks, stage):
+    for message in ranks(2, leave_out_a_layer, stage):
+        assert "take no part in the loss" in message
+        assert "head.weight" in message
+
+
+def test_another_deepspeed_is_refused_by_name(monkeypatch):
+    with pytest.raises(RecipeError, match=r"0\.19\.9 is installed.*tested with 0\.19\.8"):
+        zero.check_version("0.19.9")
+    deepspeed = zero.open_deepspeed(torch.device("cpu"))
+    monkeypatch.setitem(zero.SIGNATURES, "DeepSpeedZeroOptimizer.average_tensor", ("self", "tensor"))
+    with pytest.raises(RecipeError, match=r"average_tensor is .*communication_data_type"):
+        zero.check_signatures(deepspeed)
+
+
+def open_with_another_version_on_one_rank(rank, n):
+    tested = zero.TESTED_VERSIONS
+    if rank == 1:
+        zero.TESTED_VERSIONS = ("0.0.0",)
+    try:
+        build(rank, n, 1)
+    except RecipeError as error:
+        return str(error)
+    finally:
+        zero.TESTED_VERSIONS = tested
+
+
+def test_another_deepspeed_on_one_rank_ends_all_of_them_at_once(ranks):
+    for message in ranks(2, open_with_another_version_on_one_rank):
+        assert "tested with 0.0.0" in message
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_data):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
+    return path
+
+
+def under(stage):
+    return ["engine.name=ddp"] if stage is None else ["engine.name=deepspeed", f"engine.zero_stage={stage}"]
+
+
+def run(rank, size, path, overrides, stop_after=None):
+    """Train as the command does; rank 1 is signalled after ``stop_after`` backward passes, as a cluster would."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    backward, calls = DeepSpeedEngine.backward, []
+
+    def counted(self, loss):
+        backward(self, loss)
+        calls.append(loss)
+        if len(calls) == stop_after and rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    DeepSpeedEngine.backward = counted
+    try:
+        recipe = load_recipe(path, [*overrides, "wandb.mode=disabled"])
+        return train_module.run_recipe(recipe, make_world(rank, size))
+    finally:
+        DeepSpeedEngine.backward = backward
+
+
+def checkpoint(run_dir, *names):
+    newest = max((run_dir / "checkpoints").glob("step_*"))
+    return {name: load_file(newest / f"{name}.safetensors") for name in names}
+
+
+EVERYTHING = ("model", "ema", "shared", "rank_0", "rank_1")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_is_the_same_as_under_ddp_also_when_it_is_stopped_on_the_way(ranks, recipe_file, stage):
+    """Weights, averaged weights, optimizer, residuals, random states: a binary network, clipped, cyclic, accumulating."""
+    overrides = ["train.accumulation=2"]
+    ddp, stopped = recipe_file.parent / "ddp", recipe_file.parent / "run"
+    assert ranks(2, run, recipe_file, [*overrides, f"run.dir={ddp}"]) == [0, 0]
+    overrides += under(stage)
+    assert ranks(2, run, recipe_file, overrides, 6) == [train_module.PREEMPTED] * 2
+    assert ranks(2, run, recipe_file, overrides) == [0, 0]
+    expected, found = checkpoint(ddp, *EVERYTHING), checkpoint(stopped, *EVERYTHING)
+    for name in ("model", "ema", "rank_0", "rank_1"):
+        assert expected[name].keys() == found[name].keys()
+        for key, tensor in expected[name].items():
+            assert torch.equal(tensor, found[name][key]) or "counters" in key, (name, key)
+    for key, tensor in expected["shared"].items():
+        if key.startswith("engine/"):
+            assert torch.equal(tensor, found["shared"][key]), key
+    rows = [[r for r in read_journal(f) if r["event"] == "train"] for f in (ddp, stopped)]
+    for ours, theirs in zip(*rows, strict=True):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+
+
+def test_a_run_changes_engine_and_number_of_ranks_between_lives(ranks, recipe_file):
+    ddp, changing = recipe_file.parent / "ddp", recipe_file.parent / "run"
+    assert ranks(2, run, recipe_file, [f"run.dir={ddp}"]) == [0, 0]
+    for stage, stop_after in [(2, 2), (0, 2), (1, 2), (None, None)]:
+        status = ranks(2, run, recipe_file, under(stage), stop_after)
+        assert status == [train_module.FINISHED if stage is None else train_module.PREEMPTED] * 2
+    expected, found = checkpoint(ddp, "model", "ema"), checkpoint(changing, "model", "ema")
+    for name in expected:
+        assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
+
+
+def test_another_number_of_ranks_goes_on_under_zero(ranks, recipe_file):
+    assert ranks(4, run, recipe_file, under(2), 3) == [train_module.PREEMPTED] * 4
+    assert ranks(2, run, recipe_file, under(1)) == [0, 0]
+    starts = [row for row in read_journal(recipe_file.parent / "run") if row["event"] == "start"]
+    assert [row["ranks"] for row in starts] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "words"),
+    [
+        (["engine.zero_stage=1"], "engine.zero_stage", "shares out nothing"),
+        (under(3), "engine.zero_stage", "whole weights"),
+        ([*under(1), "optim.name=lamb"], "optim.name", "whole parameter"),
+        ([*under(2), "model.channels_last=true"], "model.channels_last", "flat tensor"),
+        ([*under(0), "train.amp=fp16"], "train.amp", "not been tried"),
+        ([*under(0), "model.compile=true"], "model.compile", "DeepSpeed"),
+        ([*under(0), "engine.find_unused_parameters=true"], "engine.find_unused_parameters", "DeepSpeed"),
+    ],
+)
+def test_what_deepspeed_does_not_do_is_refused_with_the_reason(recipe_file, overrides, key, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        load_recipe(recipe_file, overrides)
+    assert caught.value.key == key
+    assert caught.value.cure
