@@ -14,6 +14,7 @@ from typing import Any, Literal
 import wandb
 
 from cyclebnn_dist.config.recipe import WandbConfig
+from cyclebnn_dist.exit_status import PREEMPTED
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,6 @@ INIT_TIMEOUT_SECONDS = 60
 
 LEAVE_SECONDS = 20.0
 """How long a run that is stopped may take to send what the server has not got: others wait for its requeue."""
-
-WILL_COME_BACK = 75
-"""Exit status told to the server, which takes it for a pre-emption only if it is not 0."""
 
 
 class WandbRun:
@@ -73,7 +71,7 @@ class WandbRun:
 
         def end(run: wandb.Run) -> None:
             run.mark_preempting()
-            run.finish(exit_code=WILL_COME_BACK)
+            run.finish(exit_code=PREEMPTED)  # a pre-emption to the server only where it is not 0
             wandb.teardown()  # which would otherwise follow at exit, and find the service killed
 
         ending = threading.Thread(target=self._tell, args=(end,), daemon=True)
