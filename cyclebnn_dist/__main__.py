@@ -31,18 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):  # every rank meets the same error
             print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    except BrokenPipeError:  # a reader such as head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-
-
-def _interruptible(run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Of a command that has nothing to save: Ctrl-C ends it in a word."""
-    try:
-        return run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -176,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = command(
         "bench",
-        lambda options: _interruptible(options.run_bench, options),
+        lambda options: options.run_bench(options),
         "measure on this machine what the project claims",
         "  cyclebnn bench layers\n  cyclebnn bench data\n  cyclebnn bench comm --ranks 4 --rate 1gbit\n"
         "  cyclebnn bench convergence --out runs.jsonl",
@@ -185,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = command(
         "data",
-        lambda options: _interruptible(options.run_data, options),
+        lambda options: options.run_data(options),
         "make or inspect data sets",
         "  cyclebnn data sample sample_data\n  cyclebnn data check /data/imagenet --out bad.txt",
     )

@@ -1,10 +1,13 @@
 """The commands as a user types them. Without these a documented line would end in a traceback."""
 
+import importlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from launching import ROOT, TINY_RECIPE, wait_until
@@ -69,6 +72,7 @@ def test_summary_adds_up_by_the_convention_asked_for(recipe, capsys):
 
 RECORD_PROGRESS = """
 import sys
+import threading
 from cyclebnn_dist import loop
 from cyclebnn_dist.__main__ import main
 seen, original = [], loop.set_progress
@@ -245,3 +249,16 @@ def test_ctrl_c_on_the_plain_command_saves_and_goes_on_later(recipe):
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1
+
+
+def test_ctrl_c_ends_a_command_that_has_nothing_to_save_in_a_word(recipe, capsys):
+    """A traceback over pages would hide from a user that it was they who ended it."""
+    importlib.import_module("cyclebnn_dist.models.summary")
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        status = main(["summary", str(recipe), "model.name=resnet152"])
+    finally:
+        timer.join()
+    assert status == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
