@@ -118,9 +118,14 @@ class Launched:
 
 def alive(pids: set[int]) -> set[int]:
     """Those of ``pids`` that are running (a zombie is not)."""
-    return {
-        pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    }
+    return {pid for pid in pids if _runs(pid)}
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:

@@ -16,7 +16,9 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,15 @@ def draw_blow(chance: random.Random) -> Blow:
     return Blow(sent, victims, chance.choice(["any", "writing", "writing", "step"]))
 
 
-def torture(folder: Path, *, data: Path, rounds: int, seed: int, epochs: float) -> Report:
+def torture(
+    folder: Path,
+    *,
+    data: Path,
+    rounds: int,
+    seed: int,
+    epochs: float,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Report:
     """Strike a run ``rounds`` times (fewer if it ends before), let it end, and compare it with ``folder/undisturbed``.
 
     Raises:
@@ -96,6 +106,7 @@ def torture(folder: Path, *, data: Path, rounds: int, seed: int, epochs: float) 
             assert step >= newest, f"the checkpoint of step {newest} is gone after {blow}"
             report.lost_steps.append(max(last_row(run_dir) - step, 0))
             newest = step
+            tell(f"blow {len(report.lost_steps)}: {blow}; the newest checkpoint is of step {step}")
         if run is None or run.ended:
             run = start(folder, run_dir.name, data=data, epochs=epochs)
         status, output = run.wait(seconds=600)
@@ -226,7 +237,12 @@ def main() -> None:
         done, seed = 0, arguments.seed
         while done < arguments.rounds:
             report = torture(
-                Path(folder), data=data, rounds=arguments.rounds - done, seed=seed, epochs=epochs
+                Path(folder),
+                data=data,
+                rounds=arguments.rounds - done,
+                seed=seed,
+                epochs=epochs,
+                tell=partial(print, flush=True),
             )
             print(f"seed {seed}: {report}\nthe final state is that of the undisturbed run", flush=True)
             done, seed = done + sum(report.blows.values()), seed + 1
