@@ -160,6 +160,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_length(plan)
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 
+    recipes = command(
+        "recipes",
+        _recipes,
+        "what the recipes of a folder train, what they reach, and what they need",
+        "  cyclebnn recipes\n  cyclebnn recipes my/recipes --markdown",
+    )
+    recipes.add_argument("folder", nargs="?", type=Path, default=Path("recipes"), help="(default: recipes)")
+    recipes.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
     config = command(
         "config",
         _config,
@@ -278,6 +287,21 @@ def _plan(options: argparse.Namespace) -> int:
         codec_gb_per_second=codec,
     )
     print(json.dumps(described) if options.json else render_scaling(described))
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.config.header import find_recipes, read_header, render_headers
+
+    headers, problems = [], []
+    for path in find_recipes(options.folder):
+        try:
+            headers.append(read_header(path))
+        except RecipeError as error:
+            problems.append(f"{error.key}: {error.problem}")
+    print(render_headers(headers, markdown=options.markdown), end="")
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
     return 0
 
 
