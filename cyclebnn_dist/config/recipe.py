@@ -111,6 +111,9 @@ class BinaryConfig:
     """Leave depthwise convolutions real-valued."""
     keep_squeeze_excite: bool = True
     """Leave squeeze-and-excitation and other gating layers real-valued."""
+    edge_bits: Literal[8, 32] = 32
+    """Bits of weights and inputs of stem, classifier and gates where these are real: 8 rounds both, in training and in
+    evaluation, as BNext's published operations assume; 32 does not."""
     include: tuple[str, ...] = ("*",)
     """Glob patterns of qualified layer names that may be swapped."""
     exclude: tuple[str, ...] = ()
