@@ -1,6 +1,7 @@
 """BNext against its equations. Without these a recipe that names it would train another network than the paper's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from worlds import make_world
 
 from cyclebnn_dist import evaluate, train
+from cyclebnn_dist.binary import set_progress
 from cyclebnn_dist.binary.methods import BNext
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig
@@ -215,3 +217,27 @@ def test_a_run_of_any_length_evaluates_binary_weights(ranks, tmp_path, tiny_data
     summary = json.loads((run_dir / "summary.json").read_text())
     (result,) = ranks(1, evaluated, run_dir)
     assert (result["top1"], result["images"]) == (summary["eval_top1"], 30)
+
+
+def one_step(model, images):
+    model.zero_grad()
+    model(images).square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["bnext_t", "reactnet_a"])
+def test_compiled_it_is_one_graph_and_recomputed_it_learns_the_same(name):
+    """In one graph nothing waits for the device to say a number."""
+    config = ModelConfig(name=name, num_classes=5, kwargs={"channels": [8, 8, 16]})
+    rules = BinaryConfig(method="bnext" if name == "bnext_t" else "reactnet", edge_bits=8)
+    models = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        models.append(build_model(config, replace(rules, recompute=recompute), image_size=32)[0])
+        set_progress(models[-1], 0.05)
+    images = torch.randn(4, 3, 32, 32)
+    expected, recomputed = (one_step(model, images) for model in models)
+    models[0].compile(backend="eager", fullgraph=True)
+    for found in (recomputed, one_step(models[0], images)):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)

@@ -33,7 +33,6 @@ from cyclebnn_dist.models.skeleton import (
     along_channels,
     halving,
     imagenet_cfgs,
-    latent_convolution,
     mobile_channels,
     mobile_skeleton,
     residual_skeleton,
@@ -42,6 +41,8 @@ from cyclebnn_dist.timm_import import timm
 
 GATE_RATIO = 8
 """Channels of a gate's input to those in its middle."""
+LATENT_STD = 0.001
+"""Of the weights that are to become binary, at the start."""
 
 default_cfgs = imagenet_cfgs(
     "bnext_t", "bnext_s", "bnext_m", "bnext_l", "bnext_18", crop_pct=0.95, interpolation="bicubic"
@@ -91,7 +92,8 @@ class Unit(nn.Module):
         super().__init__()
         inputs, outputs = channels
         self.shift = nn.Parameter(torch.zeros(inputs))
-        self.conv = latent_convolution(inputs, outputs, kernel, stride=stride)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        nn.init.normal_(self.conv.weight, std=LATENT_STD)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.act = nn.PReLU(outputs)
         self.share = nn.Parameter(torch.full((outputs,), 0.5))

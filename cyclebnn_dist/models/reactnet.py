@@ -10,8 +10,9 @@ Counted by this project at 224 pixels with 1000 classes, in the usual convention
 | reactnet_a | 28.25 M | 1.09 M | 4.817e9 | 0.119e8 | 0.871e8 | 7.5 MiB |
 | reactnet_18 | 10.99 M | 0.72 M | 1.676e9 | 1.378e8 | 1.640e8 | 4.1 MiB |
 
-Source: Liu et al., ReActNet (ECCV 2020) and its released code. The authors start latent weights at uniform numbers from 0
-to 0.001, all of one sign; here they are normal ones of standard deviation 0.001, of both.
+Source: Liu et al., ReActNet (ECCV 2020) and its released code. Weights start as torch's convolutions do, as in the
+authors' first phase. Their second phase of ReActNet-A has its latent weights under another name, so those begin anew, at
+uniform numbers from 0 to 0.001; here they go on.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from cyclebnn_dist.models.skeleton import (
     Skeleton,
     halving,
     imagenet_cfgs,
-    latent_convolution,
     mobile_channels,
     mobile_skeleton,
     residual_skeleton,
@@ -49,7 +49,7 @@ class Unit(nn.Module):
     ) -> None:
         super().__init__()
         inputs, outputs = channels
-        self.conv = latent_convolution(inputs, outputs, kernel, stride=stride)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
         self.act = RPReLU(Channels(outputs, 1))
         # Called so, a real convolution within is known for one on a shortcut.

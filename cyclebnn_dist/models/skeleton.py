@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.timm_import import timm
 
-LATENT_STD = 0.001
-"""Of the weights that are to become binary, at the start."""
-
 MobileBlock = Callable[..., nn.Module]
 """Called with the channels of its input, and by name with ``outputs`` (as many, or twice as many), ``stride``, ``index``."""
 ResidualUnit = Callable[..., nn.Module]
@@ -127,13 +124,6 @@ def residual_skeleton(
 def halving() -> nn.AvgPool2d:
     """The average over windows of 2x2; at the border of an odd size, over what there is."""
     return nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
-
-
-def latent_convolution(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
-    """A convolution that is to become binary."""
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    nn.init.normal_(convolution.weight, std=LATENT_STD)
-    return convolution
 
 
 def along_channels(values: Tensor) -> Tensor:
