@@ -101,9 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     summary.add_argument(
         "--convention",
         choices=CONVENTION_NAMES,
-        default=CONVENTION_NAMES[0],
-        help="how operations are added up: bireal (BOPs / 64 + FLOPs); elementwise (normalizations, activations and "
-        "additions too); bnext (stem, classifier and gates at 8 bits); fvbitcore (BOPs / 32)",
+        help="how operations are added up: bireal (BOPs / 64 + FLOPs, the default); elementwise (normalizations, "
+        "activations and additions too); bnext (stem, classifier and gates at 8 bits, the default where they have them); "
+        "fvbitcore (BOPs / 32)",
     )
 
     schedule = command(

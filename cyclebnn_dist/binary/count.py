@@ -3,7 +3,8 @@
 Conventions, those of Bi-Real Net's and ReActNet's tables unless another is asked for (see ``conventions``): an operation
 is a multiply-accumulate; a binary one counts 1/64 in OPs; normalization, activations, biases, pooling and additions are
 not counted, matrix products outside layers (attention) are, and so are XNOR-Net's magnitudes: one addition an input element
-and one multiplication an output element of a layer. A binary weight takes 1 bit, every other parameter 32.
+and one multiplication an output element of a layer. A binary weight takes 1 bit, a weight of an 8-bit layer 8 (and its filter
+32 for a scale), every other parameter 32.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from cyclebnn_dist.binary.activations import Maxout
 from cyclebnn_dist.binary.binarizer import Binarizer
 from cyclebnn_dist.binary.conventions import CONVENTIONS
+from cyclebnn_dist.binary.edges import NARROW_BITS, NarrowConv2d, NarrowLinear
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import parameter_kinds
-from cyclebnn_dist.binary.rules import classifier_names, is_gate, stem_names
+from cyclebnn_dist.binary.rules import edge_names
 from cyclebnn_dist.binary.trial import trial_forward
 
 REAL_BITS = 32
@@ -35,6 +37,8 @@ class LayerCount:
 
     name: str
     binary: bool
+    bits: int
+    """Of its weights, and of its inputs where they are fewer than 32: 1, 8 or 32."""
     scheduled: bool
     """Whether its operands have the schedule's widths in training."""
     macs: int
@@ -62,6 +66,10 @@ class Counts:
     """Of ``flops``, those in stem, classifier and gates, as far as these are layers."""
     elementwise: int = 0
     """Operations of normalizations, activations and additions of two tensors; not in ``flops``."""
+    narrow_params: int = 0
+    """Weights of 8 bits."""
+    narrow_filters: int = 0
+    """Filters these belong to."""
     convention: str = "bireal"
     """By which of ``CONVENTIONS`` OPs are added up."""
 
@@ -79,8 +87,9 @@ class Counts:
 
     @property
     def size_bits(self) -> int:
-        """1 bit a binary weight, 32 any other parameter."""
-        return self.binary_params + REAL_BITS * (self.params - self.binary_params)
+        """1 bit a binary weight, 8 one of 8 bits, 32 any other parameter and the scale of a filter of 8-bit weights."""
+        real = self.params - self.binary_params - self.narrow_params + self.narrow_filters
+        return self.binary_params + NARROW_BITS * self.narrow_params + REAL_BITS * real
 
     @property
     def unscheduled_macs(self) -> int:
@@ -131,6 +140,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
         LayerCount(
             name=name,
             binary=isinstance(layer, BinaryConv2d | BinaryLinear),
+            bits=_bits(layer),
             scheduled=isinstance(layer, BinaryConv2d | BinaryLinear) and layer.binarizer.follows_schedule,
             macs=macs.get(name, 0),
             params=sum(parameter.numel() for parameter in layer.parameters()),
@@ -139,7 +149,8 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
         for name, layer in layers.items()
     )
     bops = sum(row.macs for row in rows if row.binary)
-    edges = _edges(model, list(layers))
+    edges = edge_names(model)
+    narrow = [layer.weight for layer in layers.values() if isinstance(layer, NarrowConv2d | NarrowLinear)]
     kinds = parameter_kinds(model)
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Counts(
@@ -151,6 +162,8 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
         layers=rows,
         edge_macs=sum(row.macs for row in rows if not row.binary and row.name in edges),
         elementwise=elementwise.operations,
+        narrow_params=sum(weight.numel() for weight in narrow),
+        narrow_filters=sum(len(weight) for weight in narrow),
         convention=convention,
     )
 
@@ -202,15 +215,10 @@ def _elementwise_cost(module: nn.Module) -> int:
     return int(type(module).__module__ in homes and not isinstance(module, nn.MultiheadAttention))
 
 
-def _edges(model: nn.Module, names: list[str]) -> frozenset[str]:
-    """Names of layers in the stem, the classifier and gates."""
-    modules = dict(model.named_modules())
-    ends = stem_names(model) | classifier_names(model)
-    return frozenset(
-        name
-        for name in names
-        if is_gate(name, modules) or any(name == end or name.startswith(f"{end}.") for end in ends)
-    )
+def _bits(layer: nn.Module) -> int:
+    if isinstance(layer, BinaryConv2d | BinaryLinear):
+        return 1
+    return NARROW_BITS if isinstance(layer, NarrowConv2d | NarrowLinear) else REAL_BITS
 
 
 def _scales_by_input(layer: nn.Module) -> bool:

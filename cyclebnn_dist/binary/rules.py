@@ -77,6 +77,18 @@ def classifier_names(model: nn.Module) -> frozenset[str]:
     return names
 
 
+def edge_names(model: nn.Module) -> frozenset[str]:
+    """Names of the layers in the stem, the classifier and gates, as far as they are convolutions or linear."""
+    modules = dict(model.named_modules())
+    ends = stem_names(model) | classifier_names(model)
+    return frozenset(
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
+        and (_within(name, ends) or is_gate(name, modules))
+    )
+
+
 def reason_to_stay(
     name: str,
     layer: nn.Module,

@@ -16,12 +16,14 @@ from cyclebnn_dist.binary.activations import (
     find_channels,
     make_activation,
 )
+from cyclebnn_dist.binary.edges import NARROW_BITS, narrow_
 from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryConv2dSame, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules
 from cyclebnn_dist.binary.rebuild import keep_less_
 from cyclebnn_dist.binary.rules import (
     check_patterns,
     classifier_names,
+    edge_names,
     is_gate,
     method_of,
     reason_to_stay,
@@ -66,6 +68,8 @@ class SwapReport:
     """Names of the activations that were replaced."""
     shortcuts: tuple[str, ...] = ()
     """Names of the blocks that have a shortcut around each convolution now."""
+    narrow: tuple[str, ...] = ()
+    """Names of the real layers whose operands have 8 bits now."""
     one_sided_inputs: tuple[str, ...] = field(default=())
     """Binary layers whose inputs were never negative in the trial: all their signs are +1."""
 
@@ -86,6 +90,8 @@ class SwapReport:
             lines.append(f"{len(self.activations)} activations replaced by {self.activation}")
         if self.shortcuts:
             lines.append(f"{len(self.shortcuts)} blocks with a shortcut around each convolution")
+        if self.narrow:
+            lines.append(f"{len(self.narrow)} layers real, with operands of {NARROW_BITS} bits")
         if self.one_sided_inputs:
             lines.append(
                 f"inputs never negative, so all their signs are +1: {', '.join(self.one_sided_inputs)}"
@@ -102,13 +108,13 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     Parameters stay the same objects under the same names; binary layers add those of their method under
     ``<layer>.binarizer``. Activations that are never negative are replaced by ``rules.activation`` in the whole model,
     whatever ``include`` and ``exclude`` say, because a sign may come anywhere behind them; only those inside gates
-    that stay real are kept. Method ``none``, with no other by ``rules.methods``, changes nothing.
+    that stay real are kept. With ``rules.edge_bits`` 8, stem, classifier and gates that stay real have operands of 8 bits. Method ``none``, with no other by ``rules.methods``, changes nothing.
 
     Args:
         input_size: channels, height and width of an image.
 
     Raises:
-        RecipeError: a pattern matches nothing, no layer is left to swap, or a swapped layer does not run (its model
+        RecipeError: a pattern matches nothing, an edge cannot have 8 bits, no layer is left to swap, or a swapped layer does not run (its model
             reads the weight behind its back). The model may then be half changed.
     """
     modules = dict(model.named_modules())
@@ -139,6 +145,8 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     shortcuts = add_shortcuts_(model) if rules.shortcut == "convolution" else ()
     if rules.stem_pool != "keep":
         replace_stem_pool_(model, rules.stem_pool)
+    narrow = edge_names(model) - set(to_swap) if rules.edge_bits == NARROW_BITS else frozenset()
+    narrow_({name: layers[name] for name in layers if name in narrow})
     one_sided = _prove(model, input_size=input_size)
     keep_less_(model, recompute=rules.recompute, input_size=input_size)
     return SwapReport(
@@ -147,6 +155,7 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
         activation=rules.activation,
         activations=activations,
         shortcuts=shortcuts,
+        narrow=tuple(name for name in layers if name in narrow),
         one_sided_inputs=one_sided,
     )
 

@@ -62,7 +62,8 @@ class ModelConfig:
     """The backbone, before layers are swapped."""
 
     name: str = "resnet18"
-    """Name of a timm model, e.g. resnet18, mobilenetv3_small_100, vit_tiny_patch16_224."""
+    """Name of a timm model, e.g. resnet18, mobilenetv3_small_100, vit_tiny_patch16_224, or of one drawn for binary layers:
+    bnext_t, bnext_s, bnext_m, bnext_l, bnext_18, reactnet_a, reactnet_18."""
     num_classes: int = 1000
     """Number of classes; must equal the number of class folders in the training data."""
     pretrained: bool = False
@@ -70,7 +71,7 @@ class ModelConfig:
     weights: str = ""
     """Start from this file instead: a .safetensors state dict, or a checkpoint folder of this project."""
     small_stem: bool = False
-    """Begin a ResNet with a 3x3 convolution of stride 1 and no pooling, as papers do for images of 32 pixels."""
+    """Begin a ResNet, BNext or ReActNet with a 3x3 convolution of stride 1 and no pooling, as papers do at 32 pixels."""
     channels_last: bool = False
     """Keep images and convolution weights in channels_last memory layout."""
     compile: bool = False
@@ -110,6 +111,9 @@ class BinaryConfig:
     """Leave depthwise convolutions real-valued."""
     keep_squeeze_excite: bool = True
     """Leave squeeze-and-excitation and other gating layers real-valued."""
+    edge_bits: Literal[8, 32] = 32
+    """Bits of weights and inputs of stem, classifier and gates where these are real: 8 rounds both, in training and in
+    evaluation, as BNext's published operations assume; 32 does not."""
     include: tuple[str, ...] = ("*",)
     """Glob patterns of qualified layer names that may be swapped."""
     exclude: tuple[str, ...] = ()

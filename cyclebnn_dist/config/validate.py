@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cyclebnn_dist.config import schema
+from cyclebnn_dist.config.edge_rules import check_edges
 from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
 from cyclebnn_dist.config.recipe import Recipe, WidthConfig
@@ -85,6 +86,7 @@ def validate(recipe: Recipe) -> None:
         _check_precision,
         _check_comm,
         check_engine,
+        check_edges,
         _check_model,
     ):
         check(recipe)

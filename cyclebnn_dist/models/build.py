@@ -18,6 +18,8 @@ from cyclebnn_dist.binary.rules import classifier_names
 from cyclebnn_dist.binary.trial import trial_forward
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig
+from cyclebnn_dist.models import bnext as bnext  # whose models timm knows from here on
+from cyclebnn_dist.models import reactnet as reactnet
 from cyclebnn_dist.timm_import import timm
 
 log = logging.getLogger(__name__)
@@ -105,7 +107,9 @@ def create_backbone(model: ModelConfig, *, image_size: int) -> nn.Module:
 
 
 def replace_stem_(network: nn.Module, model: ModelConfig) -> None:
-    """Replace a ResNet's stem, in place, by that of CIFAR papers: a 3x3 convolution of stride 1, no pooling.
+    """Replace a stem, in place, by that of papers on images of 32 pixels: a 3x3 convolution of stride 1, no pooling.
+
+    For ResNets, and for this project's own models.
 
     Raises:
         RecipeError: the model has no such stem.
@@ -115,7 +119,7 @@ def replace_stem_(network: nn.Module, model: ModelConfig) -> None:
         raise RecipeError(
             "model.small_stem",
             f"{model.name} does not begin with a convolution 'conv1' and a pool 'maxpool'",
-            "set it to false; it is for resnet18, resnet34, resnet50 and their kin",
+            "set it to false; it is for resnet18, resnet34, resnet50 and their kin, bnext_t and reactnet_a and theirs",
         )
     convolution = nn.Conv2d(stem.in_channels, stem.out_channels, 3, padding=1, bias=stem.bias is not None)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cyclebnn_dist.binary import CONVENTIONS, count
+from cyclebnn_dist.binary.count import REAL_BITS
 from cyclebnn_dist.config.recipe import BinaryConfig, Recipe
 from cyclebnn_dist.models.build import build_model
 from cyclebnn_dist.models.memory import bytes_by_batch
@@ -16,10 +17,11 @@ SCHEDULE_STEPS = 20_000
 """The images are not looked at: the schedule is averaged over a run of this many steps."""
 
 
-def summarize_recipe(recipe: Recipe, *, as_json: bool = False, convention: str = "bireal") -> str:
+def summarize_recipe(recipe: Recipe, *, as_json: bool = False, convention: str | None = None) -> str:
     """A table of layers with the totals under it, or the same as one JSON object.
 
-    Operations are added up by the one of ``binary.CONVENTIONS`` of this name.
+    Operations are added up by the one of ``binary.CONVENTIONS`` of this name; by default the usual one, or that which
+    charges the recipe's 8-bit edges as such.
 
     Pretrained weights are not fetched: they change no number.
 
@@ -30,8 +32,10 @@ def summarize_recipe(recipe: Recipe, *, as_json: bool = False, convention: str =
     return json.dumps(summary) if as_json else _render(summary)
 
 
-def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, Any]:
+def describe_recipe(recipe: Recipe, *, convention: str | None = None) -> dict[str, Any]:
     """Layers, operations, parameters, sizes and training saving of the recipe's model, as plain values."""
+    edge_bits = recipe.binary.edge_bits
+    convention = convention or ("bireal" if edge_bits == REAL_BITS else "bnext")
     side = recipe.data.image_size
     new = replace(recipe.model, pretrained=False, weights="")
     model, swap = build_model(new, recipe.binary, image_size=side)
@@ -57,6 +61,8 @@ def describe_recipe(recipe: Recipe, *, convention: str = "bireal") -> dict[str, 
         "num_layers": len(layers),
         "num_swapped": swap.num_swapped,
         "activation": swap.activation,
+        "edge_bits": edge_bits,
+        "num_narrow": len(swap.narrow),
         "num_activations_replaced": len(swap.activations),
         "num_blocks_with_shortcuts": len(swap.shortcuts),
         "one_sided_inputs": list(swap.one_sided_inputs),
@@ -90,7 +96,7 @@ def _render(summary: dict[str, Any]) -> str:
                 " x ".join(map(str, layer["output_shape"])),
                 f"{layer['params']:,}",
                 f"{layer['macs']:,}",
-                layer["method"] if layer["swapped"] else f"real: {layer['reason']}",
+                layer["method"] if layer["swapped"] else f"{_kept_as(layer['bits'])}: {layer['reason']}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -110,9 +116,10 @@ def _render(summary: dict[str, Any]) -> str:
         f"({', '.join(methods) or 'none'}), {summary['image_size']} px",
         "operations": f"{summary['ops']:.4g} OPs = {summary['bops']:.4g} BOPs / {1 / rule.binary_share:g} "
         f"+ {summary['charged_flops']:.4g} FLOPs",
-        "convention": f"{summary['convention']}: {rule.words}",
+        "convention": f"{summary['convention']}: {rule.words}"
+        + (f"; here they have {REAL_BITS}" if rule.edge_share < 1 and not summary["num_narrow"] else ""),
         "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
-        "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight), {full_bits / 8e6:.2f} MB in fp32",
+        "size": f"{summary['size_bits'] / 8e6:.2f} MB (1 bit a binary weight{', 8 in stem, classifier and gates' if summary['num_narrow'] else ''}), {full_bits / 8e6:.2f} MB in fp32",
         "activations": f"{summary['activation_bytes'] / 1e6:.2f} MB an image kept for the backward pass, and {summary['activation_bytes_constant'] / 1e6:.2f} MB in all "
         f"({summary['amp']}, uncompiled{', recomputing' if summary['recompute'] else ''}; "
         f"the real model {summary['activation_bytes_real'] / 1e6:.2f} MB)",
@@ -130,3 +137,7 @@ def _render(summary: dict[str, Any]) -> str:
     width = max(map(len, totals))
     lines += ["", *(f"{name:<{width}}  {text}" for name, text in totals.items())]
     return "\n".join(lines)
+
+
+def _kept_as(bits: int) -> str:
+    return "real" if bits == REAL_BITS else f"{bits} bits"
