@@ -10,7 +10,7 @@ from cyclebnn_dist.binary import set_widths
 from cyclebnn_dist.checkpoint import layout
 from cyclebnn_dist.config import RecipeError, save_recipe
 from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, DistillConfig, ModelConfig, Recipe
-from cyclebnn_dist.losses import Teachers, load_teachers
+from cyclebnn_dist.losses import Objective, Teachers, load_teachers
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.models.build import create_backbone
 from cyclebnn_dist.timm_import import timm
@@ -225,3 +225,28 @@ def test_published_weights_are_those_of_the_cache(tmp_path, monkeypatch):
     said = teachers_of(recipe(num_classes=1000, amp="fp32")).logits(pixels(), step=0)
     with torch.no_grad():
         torch.testing.assert_close(said[0], published(pixels()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_learns_what_a_teacher_says_without_a_label(tmp_path):
+    """The labels it is given are all wrong."""
+    teaching = network(EFFICIENTNET)
+    with torch.no_grad():
+        teaching.classifier.weight.mul_(20.0)
+    save_file(teaching.state_dict(), tmp_path / "teacher.safetensors")
+    made = recipe(weights={EFFICIENTNET: str(tmp_path / "teacher.safetensors")})
+    objective = Objective(made, teachers=teachers_of(made))
+    images = normalized(torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(2)), *IMAGENET)
+    images = images * torch.linspace(0.1, 3.0, 32)[:, None, None, None]
+    with torch.no_grad():
+        told = teaching(images).argmax(dim=1)
+    torch.manual_seed(0)
+    student = ModelConfig(name="resnet18", num_classes=10, kwargs={"channels": [16, 16, 32, 32]})
+    model, _ = build_model(student, BinaryConfig(method="bireal"), image_size=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        objective(model, images, model(images), (told + 1) % 10, step=0).backward()
+        optimizer.step()
+    agreeing = (model(images).argmax(dim=1) == told).float().mean()
+    assert agreeing > 0.8
+    assert told.bincount().max() < 16, "one answer for all would be no lesson"

@@ -70,7 +70,7 @@ class Teachers:
         }
         for name, teacher in teachers.items():
             if self._affine[name] is not None:
-                log.info("images are normalized anew for the teacher %s: %s", name, teacher.normalization)
+                log.info("the teacher %s gets images of mean %s, deviation %s", name, *teacher.normalization)
             if channels_last:
                 teacher.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -118,7 +118,7 @@ class Teachers:
         for name in names:
             self._teachers[name].network.to(self._device)
         self._teaching = names
-        log.info("from step %d on %s", step, " and ".join(dict.fromkeys(names)) + " teach")
+        log.info("taught from step %d on by %s", step, " and ".join(dict.fromkeys(names)))
 
 
 def load_teachers(recipe: Recipe) -> dict[str, Teacher]:
