@@ -21,7 +21,7 @@ from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
-from cyclebnn_dist.losses import Objective, Teachers, load_teachers
+from cyclebnn_dist.losses import Objective, build_objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
@@ -68,7 +68,7 @@ def assemble(
     resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
-    objective = build_objective(recipe, world, total_steps=run_steps)
+    objective = share_objective(recipe, world, total_steps=run_steps)
     precision = scheduled_precision(recipe.precision, model)
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
@@ -158,29 +158,20 @@ def assemble(
     )
 
 
-def build_objective(recipe: Recipe, world: World, *, total_steps: int) -> Objective:
+def share_objective(recipe: Recipe, world: World, *, total_steps: int) -> Objective:
     """Collective: every rank calls this. What the recipe minimizes, with its teachers, if it has any.
 
     Raises:
         RecipeError: on every rank, if one cannot have a teacher.
     """
-    if not recipe.distill.teacher:
-        return Objective(recipe)
-    loaded, refusal = {}, None
+    objective, refusal = None, None
     try:
-        loaded = load_teachers(recipe)
+        objective = build_objective(recipe, total_steps=total_steps, device=world.device)
     except RecipeError as error:
         refusal = error
     share_refusal(world, refusal)
-    teachers = Teachers(
-        recipe.distill,
-        loaded,
-        normalization=(recipe.data.mean, recipe.data.std),
-        total_steps=total_steps,
-        device=world.device,
-        channels_last=recipe.model.channels_last,
-    )
-    return Objective(recipe, teachers=teachers)
+    assert objective is not None
+    return objective
 
 
 def build_engine(

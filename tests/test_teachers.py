@@ -1,5 +1,6 @@
 """Teachers. Without these one would teach with weights, images or classes other than those it was trained with."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,8 @@ from cyclebnn_dist.binary import set_widths
 from cyclebnn_dist.checkpoint import layout
 from cyclebnn_dist.config import RecipeError, save_recipe
 from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, DistillConfig, ModelConfig, Recipe
-from cyclebnn_dist.losses import Objective, Teachers, load_teachers
-from cyclebnn_dist.models import build_model
+from cyclebnn_dist.losses import Objective, Teachers
+from cyclebnn_dist.models import build_model, load_teachers, summarize_recipe
 from cyclebnn_dist.models.build import create_backbone
 from cyclebnn_dist.timm_import import timm
 
@@ -250,3 +251,13 @@ def test_a_student_learns_what_a_teacher_says_without_a_label(tmp_path):
     agreeing = (model(images).argmax(dim=1) == told).float().mean()
     assert agreeing > 0.8
     assert told.bincount().max() < 16, "one answer for all would be no lesson"
+
+
+def test_the_summary_counts_teachers_that_it_need_not_fetch(files):
+    named = replace(recipe(assistants=(CONVNEXT,)), model=ModelConfig(name="resnet18", num_classes=10))
+    summary = json.loads(summarize_recipe(named, as_json=True))["teachers"]
+    assert list(summary) == [CONVNEXT, EFFICIENTNET]
+    for name, found in summary.items():
+        assert found["params"] == sum(parameter.numel() for parameter in network(name).parameters())
+        assert found["bops"] == 0 < found["flops"]
+    assert f"{EFFICIENTNET} {summary[EFFICIENTNET]['flops']:.4g} MACs an image" in summarize_recipe(named)

@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.losses.distillation import cross_entropies, weighted_mean
 from cyclebnn_dist.losses.kurtosis import kurtosis_penalty
 from cyclebnn_dist.losses.teachers import Teachers
+from cyclebnn_dist.models import load_teachers
+
+
+def build_objective(
+    recipe: Recipe, *, total_steps: int, device: torch.device, trained: bool = True
+) -> Objective:
+    """What a recipe minimizes, with its teachers loaded, if it has any.
+
+    Args:
+        total_steps: of the run.
+        trained: false for teachers that know nothing, to time them.
+
+    Raises:
+        RecipeError: a teacher cannot be had (see ``load_teachers``).
+    """
+    if not recipe.distill.teacher:
+        return Objective(recipe)
+    teachers = Teachers(
+        recipe.distill,
+        load_teachers(recipe, trained=trained),
+        normalization=(recipe.data.mean, recipe.data.std),
+        total_steps=total_steps,
+        device=device,
+        channels_last=recipe.model.channels_last,
+    )
+    return Objective(recipe, teachers=teachers)
 
 
 class Objective:
