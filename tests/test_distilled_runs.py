@@ -56,6 +56,12 @@ def test_a_run_stopped_before_and_behind_a_change_of_teachers_equals_the_undistu
     rows, again = (
         [row for row in read_journal(folder) if row["event"] == "train"] for folder in (undisturbed, stopped)
     )
+    start, *_ = read_journal(stopped)
+    assert [text.split()[0] for text in start["teachers"].split(", ")] == [
+        CONVNEXT,
+        "test_resnet",
+        EFFICIENTNET,
+    ]
     assert [row["assistant"] for row in rows] == [0] * 5 + [1] * 5
     for row, other in zip(rows, again, strict=True):
         for name in ("step", "assistant", "loss", "teacher_loss", "assistant_loss"):

@@ -14,6 +14,8 @@ from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, DistillConfig,
 from cyclebnn_dist.losses import Objective, Teachers
 from cyclebnn_dist.models import build_model, load_teachers, summarize_recipe
 from cyclebnn_dist.models.build import create_backbone
+from cyclebnn_dist.precision import Widths
+from cyclebnn_dist.preview.compute import measure_compute
 from cyclebnn_dist.timm_import import timm
 
 EFFICIENTNET, CONVNEXT = "test_efficientnet", "test_convnext"
@@ -261,3 +263,19 @@ def test_the_summary_counts_teachers_that_it_need_not_fetch(files):
         assert found["params"] == sum(parameter.numel() for parameter in network(name).parameters())
         assert found["bops"] == 0 < found["flops"]
     assert f"{EFFICIENTNET} {summary[EFFICIENTNET]['flops']:.4g} MACs an image" in summarize_recipe(named)
+
+
+def test_a_plan_measures_the_teachers_passes_too(monkeypatch):
+    """Their share of a step of BNext-T is the larger one; and a login node has no weights to read."""
+    asked = []
+    logits = Teachers.logits
+    monkeypatch.setattr(
+        Teachers, "logits", lambda self, *given, **named: asked.append(1) or logits(self, *given, **named)
+    )
+    made = recipe(weights={EFFICIENTNET: "not/here.safetensors"})
+    model, _ = build_model(ModelConfig(name=EFFICIENTNET, num_classes=10), made.binary, image_size=32)
+    widths = Widths(forward_bits=2, backward_bits=8, communication_bits=8)
+    cpu = torch.device("cpu")
+    seconds = measure_compute(model, made, batch=2, widths=widths, device=cpu)
+    assert seconds > 0
+    assert len(asked) >= 2
