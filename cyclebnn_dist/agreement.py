@@ -17,6 +17,7 @@ from cyclebnn_dist.world import World, gather_objects, library_versions, share_r
 
 FIELDS = (
     "recipe",
+    "teachers",
     "schedule",
     "step",
     "widths",
@@ -65,6 +66,7 @@ class Agreement:
             "widths": 0,
             "world size": world.size,
             "library versions": library_versions(),
+            "teachers": "none",
             **constants,
         }
         assert set(self._fields) == set(FIELDS)
@@ -162,7 +164,7 @@ def compare_parameters(model: nn.Module, *, world: World, step: int) -> None:
     if len(set(hashes)) == 1:
         return
     per_parameter = gather_objects(
-        world, [(name, _hash([parameter])) for name, parameter in model.named_parameters()]
+        world, [(name, hash_tensors([parameter])) for name, parameter in model.named_parameters()]
     )
     reference = per_parameter[0]
     lines = [f"parameters differ between ranks after step {step}; the run stops"]
@@ -175,10 +177,10 @@ def compare_parameters(model: nn.Module, *, world: World, step: int) -> None:
 
 def parameter_hash(model: nn.Module) -> str:
     """Hexadecimal SHA-256 of the bytes of all parameters, in model order."""
-    return _hash(model.parameters())
+    return hash_tensors(model.parameters())
 
 
-def _hash(tensors: Iterable[torch.Tensor]) -> str:
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
     state = hashlib.sha256()
     for tensor in tensors:
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

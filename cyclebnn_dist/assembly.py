@@ -21,6 +21,7 @@ from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
+from cyclebnn_dist.losses import Objective, build_objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
@@ -31,7 +32,7 @@ from cyclebnn_dist.run_folder import claim_run_folder, read_verdict, refusing_ba
 from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.timm_import import timm
 from cyclebnn_dist.watchdog import Watchdog
-from cyclebnn_dist.world import World, on_main, ranks_per_node
+from cyclebnn_dist.world import World, on_main, ranks_per_node, share_refusal
 
 
 def assemble(
@@ -67,6 +68,7 @@ def assemble(
     resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
+    objective = share_objective(recipe, world, total_steps=run_steps)
     precision = scheduled_precision(recipe.precision, model)
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
@@ -88,6 +90,7 @@ def assemble(
         world,
         {
             "recipe": recipe_digest(recipe),
+            "teachers": objective.teachers,
             "communication mode": recipe.comm.mode,
             "schedule": wished.digest(),
             "parameter layout": reducer.layout_digest,
@@ -136,6 +139,7 @@ def assemble(
         agreement=agreement,
         train_loader=train_loader,
         mixing=mixing,
+        objective=objective,
         eval_loader=eval_loader,
         health=Health(model, every=recipe.run.health_every, compiled=recipe.model.compile),
         totals=Totals(),
@@ -152,6 +156,22 @@ def assemble(
         comm_mode=comm_mode,
         verdict=verdict,
     )
+
+
+def share_objective(recipe: Recipe, world: World, *, total_steps: int) -> Objective:
+    """Collective: every rank calls this. What the recipe minimizes, with its teachers, if it has any.
+
+    Raises:
+        RecipeError: on every rank, if one cannot have a teacher.
+    """
+    objective, refusal = None, None
+    try:
+        objective = build_objective(recipe, total_steps=total_steps, device=world.device)
+    except RecipeError as error:
+        refusal = error
+    share_refusal(world, refusal)
+    assert objective is not None
+    return objective
 
 
 def build_engine(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from cyclebnn_dist import saving
 from cyclebnn_dist.agreement import Requests, compare_parameters, digest
@@ -18,7 +17,6 @@ from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
-from cyclebnn_dist.losses import kurtosis_penalty
 from cyclebnn_dist.metrics import SlowRankReport
 from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.own_time import OwnTime
@@ -155,11 +153,7 @@ def train_step(run: Run) -> StepResult:
         with nullcontext() if last else run.engine.accumulating():
             images, targets = run.mixing(batch.images, batch.labels, step=step * accumulation + micro_step)
             logits = forward(images)
-            loss = nn.functional.cross_entropy(
-                logits, targets, label_smoothing=recipe.train.label_smoothing
-            ) + kurtosis_penalty(
-                run.model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
-            )
+            loss = run.objective(run.model, images, logits, targets, step=step)
             if last:
                 own_time.end()
                 requests = run.agreement.finish()
@@ -216,10 +210,14 @@ class Window:
     def report(self, run: Run, result: StepResult, *, slow_ranks: SlowRankReport) -> None:
         """Collective: every rank calls this. Write one row about the window."""
         steps = run.step - self._first_step
-        loss = mean_in_rank_order(run.world, (self._loss / steps).cpu().reshape(1)).item()
+        means = {"loss": self._loss / steps, **run.objective.take_means()}
+        over_ranks = mean_in_rank_order(run.world, torch.stack(list(means.values())).cpu()).tolist()
+        loss, *terms = over_ranks
         images = steps * run.recipe.train.global_batch_size
         row = {
             "loss": loss,
+            **dict(zip(list(means)[1:], terms, strict=True)),
+            **run.objective.place(run.step - 1),
             "lr": result.lr,
             "grad_norm": result.grad_norm.item(),
             "forward_bits": result.widths.forward_bits,

@@ -46,6 +46,7 @@ def take_snapshot(run: Run) -> Snapshot:
             "eval_forward_bits": run.eval_forward_bits,
             "comm_verdict": run.verdict.state_dict() if run.verdict else None,
             "evaluation": run.totals.evaluation if evaluated else None,
+            "teachers": run.objective.teachers,
         },
     )
 
@@ -66,6 +67,9 @@ def restore(run: Run, folder: Path) -> None:
         else:
             _restore_of_others(run, folder, old_size=meta["world_size"])
         run.step = meta["step"]
+        before = meta.get("teachers", run.objective.teachers)
+        if before != run.objective.teachers and run.world.is_main:
+            log.warning("teachers have other weights than before: %s, now %s", before, run.objective.teachers)
 
     all_succeed(run.world, load, what=f"loading checkpoint {folder}")
 

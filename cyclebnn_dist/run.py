@@ -17,6 +17,7 @@ from cyclebnn_dist.comm.verdict import Verdict
 from cyclebnn_dist.config import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, TrainLoader
 from cyclebnn_dist.engine import Engine
+from cyclebnn_dist.losses import Objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.precision.schedule import Schedule
 from cyclebnn_dist.preempt import PreemptionFlag
@@ -41,6 +42,7 @@ class Run:
     agreement: Agreement
     train_loader: TrainLoader
     mixing: Mixing
+    objective: Objective
     eval_loader: EvalLoader
     health: Health
     totals: Totals

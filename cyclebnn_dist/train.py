@@ -218,7 +218,13 @@ def announce(run: Run) -> None:
     )
     if run.journal:
         run.journal.write(
-            {"event": "start", "step": run.step, "ranks": run.world.size, "comm_mode": run.comm_mode}
+            {
+                "event": "start",
+                "step": run.step,
+                "ranks": run.world.size,
+                "comm_mode": run.comm_mode,
+                "teachers": run.objective.teachers,
+            }
         )
 
 

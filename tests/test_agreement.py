@@ -9,6 +9,7 @@ from cyclebnn_dist.agreement import Agreement, compare_parameters, digest
 
 CONSTANTS = {
     "recipe": 11,
+    "teachers": "resnet18 0123456789ab",
     "schedule": 12,
     "communication mode": "quantized",
     "parameter layout": 13,

@@ -211,6 +211,28 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Knowledge distillation: learning what teachers say about the images, beside or instead of the labels."""
+
+    teacher: str = ""
+    """timm model that teaches over the whole run, e.g. efficientnet_b2.ra_in1k; empty: no distillation."""
+    assistants: tuple[str, ...] = ()
+    """timm models that teach beside it, one after the other, each for an equal part of the run (BNext)."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Weights of some teachers by name: a .safetensors file, or a checkpoint folder of this project, which also tells how
+    the model is built; of those not named here the published ones, from the hub's cache or the network."""
+    label_loss: float = 0.0
+    """Weight of the cross-entropy with the labels beside the teachers' loss, whose weight is 1; BNext has none."""
+    temperature: float = 1.0
+    """What logits of teachers and model are divided by; the loss is then multiplied by its square."""
+    weighting: Literal["per_sample", "released", "equal"] = "per_sample"
+    """Of several teachers. per_sample: more to the one an image agrees less with (BNext); released: as its code does,
+    with means over the batch, and one half for a single teacher; equal: alike."""
+    amp: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the teachers' forward passes (torch.autocast)."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and learning rate."""
 
@@ -356,6 +378,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     comm: CommConfig = field(default_factory=CommConfig)

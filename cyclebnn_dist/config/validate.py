@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cyclebnn_dist.config import schema
+from cyclebnn_dist.config.distill_rules import check_distill
 from cyclebnn_dist.config.edge_rules import check_edges
 from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
@@ -26,6 +27,7 @@ MAY_CHANGE = frozenset(
         "run.progress_timeout_seconds",
         "model.pretrained",
         "model.weights",
+        "distill.weights",
         "data.path",
         "data.format",
         "data.skip_list",
@@ -49,7 +51,7 @@ MAY_CHANGE = frozenset(
 """Keys that may differ between two starts of one run.
 
 Paths, threads, logging, saving and evaluation do not touch training. Starting weights (model.pretrained, model.weights) are
-read at the first start only. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
+read at the first start only; files of teachers may lie elsewhere, and a warning tells if they hold other weights. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
 run then goes on from the same weights, but batch statistics are taken over other micro-batches.
 """
 
@@ -87,6 +89,7 @@ def validate(recipe: Recipe) -> None:
         _check_comm,
         check_engine,
         check_edges,
+        check_distill,
         _check_model,
     ):
         check(recipe)
@@ -166,12 +169,12 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("data.image_size", _at_least(8), "at least 8 pixels"),
     ("loss.kurtosis_target", _at_least(1), "at least 1: no distribution has less"),
     (
-        "run.collective_timeout_seconds train.epochs optim.lr optim.gamma engine.bucket_mb eval.every_epochs",
+        "run.collective_timeout_seconds train.epochs optim.lr optim.gamma distill.temperature engine.bucket_mb eval.every_epochs",
         _positive,
         "greater than 0",
     ),
     (
-        "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
+        "train.clip_norm loss.kurtosis_weight distill.label_loss optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
         " optim.warmup_epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),

@@ -19,6 +19,7 @@ from cyclebnn_dist.binary.trial import trial_forward
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig
 from cyclebnn_dist.models import bnext as bnext  # whose models timm knows from here on
+from cyclebnn_dist.models import hub
 from cyclebnn_dist.models import reactnet as reactnet
 from cyclebnn_dist.timm_import import timm
 
@@ -77,6 +78,12 @@ def create_backbone(model: ModelConfig, *, image_size: int) -> nn.Module:
     pretrained_cfg = timm.get_pretrained_cfg(name, allow_unregistered=True) if ":" not in name else None
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
         arguments["img_size"] = image_size
+    if model.pretrained and not arguments.keys() & {"pretrained_cfg", "pretrained_cfg_overlay"}:
+        file = hub.cached_weights(model.name)
+        if file is not None:
+            arguments["pretrained_cfg_overlay"] = {"file": str(file)}
+        elif reason := hub.why_unreachable(model.name):
+            raise _no_published_weights(model, f"they are not in the hub's cache, and {reason}")
     try:
         return timm.create_model(model.name, **arguments)
     except TypeError as error:
@@ -96,11 +103,7 @@ def create_backbone(model: ModelConfig, *, image_size: int) -> nn.Module:
     except Exception as error:
         if model.pretrained:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RecipeError(
-                "model.pretrained",
-                f"no published weights of {model.name}: {reason}",
-                "they come from the hub's cache or the network; model.weights takes a file",
-            ) from error
+            raise _no_published_weights(model, reason) from error
         if "img_size" in arguments:
             raise _cannot_take(model, image_size, error) from error
         raise
@@ -205,6 +208,16 @@ def _check_images(network: nn.Module, model: ModelConfig, *, input_size: tuple[i
             f"{model.name} gives {shape} for one image, not [1, {model.num_classes}]",
             "only image classifiers can be trained",
         )
+
+
+def _no_published_weights(model: ModelConfig, reason: str) -> RecipeError:
+    fetch = hub.fetch_command(model.name)
+    return RecipeError(
+        "model.pretrained",
+        f"no published weights of {model.name}: {reason}",
+        (f"where there is a network, `{fetch}` fills the cache; " if fetch else "")
+        + "model.weights takes a file",
+    )
 
 
 def _cannot_take(model: ModelConfig, image_size: int, error: Exception) -> RecipeError:

@@ -11,6 +11,7 @@ from cyclebnn_dist.binary.count import REAL_BITS
 from cyclebnn_dist.config.recipe import BinaryConfig, Recipe
 from cyclebnn_dist.models.build import build_model
 from cyclebnn_dist.models.memory import bytes_by_batch
+from cyclebnn_dist.models.teacher import load_teachers
 from cyclebnn_dist.precision import build_schedule, training_saving
 
 SCHEDULE_STEPS = 20_000
@@ -81,7 +82,20 @@ def describe_recipe(recipe: Recipe, *, convention: str | None = None) -> dict[st
         "recompute": recipe.binary.recompute,
         "training_saving": saving.model,
         "training_saving_binary_layers": saving.binary_layers,
+        "teachers": _count_teachers(recipe),
         "layers": layers,
+    }
+
+
+def _count_teachers(recipe: Recipe) -> dict[str, dict[str, int]]:
+    """Operations of a forward pass of each teacher, and its parameters, by name."""
+    side = recipe.data.image_size
+    counts = {
+        name: count(teacher.network, input_size=(3, side, side))
+        for name, teacher in load_teachers(recipe, trained=False).items()
+    }
+    return {
+        name: {"bops": each.bops, "flops": each.flops, "params": each.params} for name, each in counts.items()
     }
 
 
@@ -126,6 +140,11 @@ def _render(summary: dict[str, Any]) -> str:
         "training": f"{100 * summary['training_saving']:.1f} % of the model's operations saved, "
         f"{100 * summary['training_saving_binary_layers']:.1f} % of the binary layers' (CPT's cost formula)",
     }
+    if summary["teachers"]:
+        totals["teachers"] = "forward passes in training only: " + ", ".join(
+            f"{name} {each['flops'] + each['bops']:.4g} MACs an image, {each['params']:,} parameters"
+            for name, each in summary["teachers"].items()
+        )
     if summary["num_activations_replaced"]:
         totals["nonlinearity"] = f"{summary['num_activations_replaced']} replaced by {summary['activation']}"
     if summary["num_blocks_with_shortcuts"]:

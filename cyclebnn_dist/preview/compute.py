@@ -12,7 +12,7 @@ from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
-from cyclebnn_dist.losses import kurtosis_penalty
+from cyclebnn_dist.losses import build_objective
 from cyclebnn_dist.precision import Widths
 
 REPEATS = 5
@@ -22,7 +22,7 @@ BUDGET_SECONDS = 5.0
 def measure_compute(
     model: nn.Module, recipe: Recipe, *, batch: int, widths: Widths, device: torch.device
 ) -> float:
-    """Median seconds of all forward and backward passes of a step of ``batch`` images each.
+    """Median seconds of all forward and backward passes of a step of ``batch`` images each, with those of teachers.
 
     The model moves to ``device``; its gradients and statistics change.
 
@@ -40,17 +40,14 @@ def measure_compute(
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     set_progress(model, 0.0)
     set_widths(model, forward_bits=widths.forward_bits, backward_bits=widths.backward_bits)
+    objective = build_objective(recipe, total_steps=1, device=device, trained=False)
     dtype = AUTOCAST_DTYPE.get(recipe.train.amp)
 
     def one_pass() -> float:
         begun = perf_counter()
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             logits = model(images)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        loss = loss + kurtosis_penalty(
-            model, weight=recipe.loss.kurtosis_weight, target=recipe.loss.kurtosis_target
-        )
-        loss.backward()
+        objective(model, images, logits.float(), labels, step=0).backward()
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
