@@ -108,7 +108,7 @@ def test_text_on_the_command_line_needs_no_quotes_against_yaml(tmp_path):
     ("override", "key", "part"),
     [
         ("optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
-        ("epochs=3", "epochs", "did you mean train.epochs?"),
+        ("epochs=3", "epochs", "did you mean train.epochs or first_phase.epochs?"),
         ("optim.learning_rate=3", "optim.learning_rate", "optim has: name, lr,"),
         ("optimizer.lr=1", "optimizer.lr", "did you mean optim.lr?"),
         ("optim.lr", "optim.lr", "key=value"),

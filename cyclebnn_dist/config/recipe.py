@@ -234,12 +234,35 @@ class OptimConfig:
     """Shape of the learning rate after warm-up."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
+    warmup_lr: float | None = None
+    """Learning rate that the warm-up starts at; null: one step's share of lr."""
     min_lr: float = 0.0
     """Learning rate at the end of a cosine or linear schedule."""
     milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
     """Epochs at which the step schedule multiplies the learning rate by gamma."""
     gamma: float = 0.1
     """Factor of the step schedule."""
+
+
+@dataclass(frozen=True)
+class FirstPhaseConfig:
+    """A first phase of training with binary inputs and real weights (ReActNet's step 1), in the same run."""
+
+    epochs: float = 0.0
+    """Epochs, of train.epochs, in which binary layers multiply signs with their real latent weights; 0: no such phase.
+    The learning rate's schedule, warm-up included, runs once in each phase; widths and the averaged weights just go on."""
+    lr: float | None = None
+    """Peak learning rate of the first phase; null: optim.lr."""
+    weight_decay: float | None = None
+    """Weight decay of real-valued weights in the first phase; null: optim.weight_decay."""
+    binary_weight_decay: float | None = None
+    """Weight decay of the latent weights of binary layers in the first phase; null: optim.binary_weight_decay."""
+    other_weight_decay: float | None = None
+    """Weight decay of the rest in the first phase; null: optim.other_weight_decay."""
+    weight_decay_of: dict[str, float] = field(default_factory=dict)
+    """Weight decay of some parameters in the first phase, by glob of their names, before optim.weight_decay_of."""
+    restart_optimizer: bool = True
+    """Begin the second phase with a new optimizer, as the authors do: its moments start from zero."""
 
 
 @dataclass(frozen=True)
@@ -353,6 +376,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    first_phase: FirstPhaseConfig = field(default_factory=FirstPhaseConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -8,6 +8,7 @@ from typing import Any
 from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.phase_rules import check_first_phase
 from cyclebnn_dist.config.recipe import Recipe, WidthConfig
 
 MAY_CHANGE = frozenset(
@@ -82,6 +83,7 @@ def validate(recipe: Recipe) -> None:
         _check_data,
         _check_train,
         _check_optim,
+        check_first_phase,
         _check_precision,
         _check_comm,
         check_engine,
@@ -170,7 +172,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs first_phase.epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",
@@ -239,6 +241,17 @@ def _check_optim(recipe: Recipe) -> None:
             f"{optim.warmup_epochs:g} leaves nothing of train.epochs = {epochs:g}",
             "it must be smaller",
         )
+    if optim.warmup_lr is not None:
+        if optim.warmup_lr < 0:
+            raise RecipeError(
+                "optim.warmup_lr", f"{optim.warmup_lr:g} is out of range", "it must be 0 or more"
+            )
+        if not optim.warmup_epochs:
+            raise RecipeError(
+                "optim.warmup_lr",
+                "has no effect: optim.warmup_epochs is 0",
+                "set optim.warmup_epochs, or leave it out",
+            )
     if optim.min_lr > optim.lr:
         raise RecipeError(
             "optim.min_lr", f"{optim.min_lr:g} is above optim.lr = {optim.lr:g}", "it must not be larger"
