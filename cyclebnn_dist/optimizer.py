@@ -18,8 +18,8 @@ from cyclebnn_dist.timm_import import timm
 
 DECAYS = "weight_decay_by_phase"
 """Of a group whose weight decay changes: that of the first phase, and the later one."""
-GROUP_STEP = "step"
-"""Where timm's LAMB counts updates: in the group, and not in the state of each parameter."""
+GROUP_STEP, STORED_GROUP_STEP = "step", "group_step"
+"""Where timm's LAMB counts updates: in the group, and not in the state of each parameter; and its name in stored state."""
 
 
 def build_optimizer(
@@ -79,7 +79,9 @@ def build_optimizer(
         options["momentum"] = config.momentum
     else:
         options["betas"] = tuple(config.betas)
-    return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=config.lr, **options)
+    plain = config.name == "sgd" and not config.nesterov
+    name = "momentum" if plain else config.name  # timm's name for SGD without Nesterov's momentum
+    return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.lr, **options)
 
 
 def _either(value: float | None, otherwise: float) -> float:
@@ -146,7 +148,10 @@ def forget_updates(optimizer: torch.optim.Optimizer) -> None:
 def optimizer_state_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """State of every parameter under its qualified name, so that it outlives a change of engine or grouping."""
     return {
-        name: dict(optimizer.state[parameter])
+        name: {
+            **optimizer.state[parameter],
+            **({STORED_GROUP_STEP: group[GROUP_STEP]} if GROUP_STEP in group else {}),
+        }
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
         if parameter in optimizer.state
@@ -159,5 +164,11 @@ def load_optimizer_state_by_name(
     """Restore what ``optimizer_state_by_name`` gave; the groups' settings stay those of the recipe."""
     current = optimizer.state_dict()
     names = [name for group in optimizer.param_groups for name in group["names"]]
-    current["state"] = {index: dict(state[name]) for index, name in enumerate(names) if name in state}
+    known = {index: dict(state[name]) for index, name in enumerate(names) if name in state}
+    steps = {names[index]: own.pop(STORED_GROUP_STEP, None) for index, own in known.items()}
+    current["state"] = known
     optimizer.load_state_dict(current)
+    for group in optimizer.param_groups:
+        counted = [step for name in group["names"] if (step := steps.get(name)) is not None]
+        if counted:
+            group[GROUP_STEP] = counted[0].clone() if isinstance(counted[0], torch.Tensor) else counted[0]

@@ -215,7 +215,9 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate, for the whole global batch."""
     momentum: float = 0.9
-    """Momentum of SGD (Nesterov)."""
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum in SGD, as in IR-Net's settings; false for plain momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Moment decay rates of Adam, AdamW and LAMB."""
     weight_decay: float = 1e-5

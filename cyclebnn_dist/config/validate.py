@@ -241,6 +241,10 @@ def _check_optim(recipe: Recipe) -> None:
             f"{optim.warmup_epochs:g} leaves nothing of train.epochs = {epochs:g}",
             "it must be smaller",
         )
+    if optim.name == "sgd" and optim.nesterov and not optim.momentum:
+        raise RecipeError(
+            "optim.momentum", "0 beside optim.nesterov=true", "set optim.nesterov=false as well"
+        )
     if optim.warmup_lr is not None:
         if optim.warmup_lr < 0:
             raise RecipeError(
