@@ -138,12 +138,17 @@ class DataConfig:
     """Aspect ratio of the random resized crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    augment: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
-    """Further augmentation, from DALI's own library; autoaugment is its policy for ImageNet."""
+    augment: Literal["none", "randaugment", "randaugment_timm", "trivialaugment", "autoaugment"] = "none"
+    """Further augmentation, from DALI's own library; randaugment_timm chooses among timm's operations ("inc1"), which
+    invert and solarize too; autoaugment is the policy for ImageNet."""
     randaugment_num_ops: int = 2
     """Operations RandAugment applies to an image."""
     randaugment_magnitude: int = 9
-    """Strength of RandAugment's operations, 0 to 30."""
+    """Strength of RandAugment's operations, 0 to 30; timm's goes to 10, so its m7 is 21 here."""
+    randaugment_std: float = 0.0
+    """Standard deviation of that strength, drawn for each operation; timm's mstd0.5 is 1.5 here."""
+    randaugment_prob: float = 1.0
+    """Probability that each of RandAugment's operations is done at all; timm's default is 0.5."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Ranges of brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0 means off.
     timm's default 0.4 is [0.4, 0.4, 0.4, 0]. Beside augment both are done, this one last."""

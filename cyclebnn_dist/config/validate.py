@@ -172,7 +172,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs first_phase.epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs first_phase.epochs data.randaugment_std run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",
@@ -190,6 +190,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("data.crop_pct", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("data.randaugment_magnitude", _between(0, 30), "from 0 to 30"),
+    ("data.randaugment_prob", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
     ("optim.betas", lambda value: all(map(_below_one, value)), "two numbers, each at least 0 and below 1"),
     ("data.std", lambda value: min(value) > 0, "three numbers greater than 0"),
