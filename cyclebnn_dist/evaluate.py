@@ -214,7 +214,7 @@ def find_checkpoint(path: Path, *, which: str = NEWEST) -> Path:
         if found is None:
             raise RecipeError(
                 "--checkpoint",
-                "none of these was evaluated"
+                "none of these was evaluated (with real weights, in a first phase, does not count)"
                 if which == BEST
                 else f"no complete checkpoint is called {which}",
                 f"there are {NEWEST}, {BEST} and steps {', '.join(sorted(steps, key=int))}",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_train import evaluated, newest, run
 from torch import nn
 from torch.nn import functional
+from worlds import make_world
 
 from cyclebnn_dist.binary import (
     METHODS,
@@ -25,6 +27,7 @@ from cyclebnn_dist.binary import (
 from cyclebnn_dist.checkpoint import best_checkpoint, read_meta
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import FirstPhaseConfig, OptimConfig, Recipe, TrainConfig
+from cyclebnn_dist.evaluate import evaluate_checkpoint
 from cyclebnn_dist.metrics import Totals, read_journal
 from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.phases import build_phases
@@ -229,11 +232,5 @@ def test_a_run_is_killed_and_goes_on_across_the_border_and_says_which_weights_it
 
 
 def evaluate_one(rank, size, path, folder):
-    from pathlib import Path
-
-    from worlds import make_world
-
-    from cyclebnn_dist.evaluate import evaluate_checkpoint
-
     result = evaluate_checkpoint(Path(folder), make_world(rank, size))
     return result["weights"], result["top1"], result["ema_top1"]

@@ -75,8 +75,10 @@ def feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarray]:
             choice / config.randaugment_prob * (last if config.augment == TIMMS else len(suite))
         )
         operation = np.where(choice < config.randaugment_prob, chosen, last)
-        deviation = config.randaugment_std * (_normal(strength) if config.randaugment_std else strength)
-        magnitude = np.clip(np.rint(config.randaugment_magnitude + deviation), 0, MAGNITUDE_BINS - 1)
+        magnitude = np.full_like(strength, config.randaugment_magnitude)
+        if config.randaugment_std:
+            drawn = np.rint(magnitude + config.randaugment_std * _normal(strength))
+            magnitude = np.clip(drawn, 0, MAGNITUDE_BINS - 1)
     else:
         operation = np.floor(choice * len(_suites(config)[0]))
         magnitude = np.floor(strength * MAGNITUDE_BINS)
