@@ -25,6 +25,7 @@ from cyclebnn_dist.losses import Objective, build_objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
+from cyclebnn_dist.phases import build_phases
 from cyclebnn_dist.precision.schedule import Schedule, build_schedule
 from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.run import Run
@@ -65,6 +66,7 @@ def assemble(
     )
     epoch_steps = steps_per_epoch(recipe.train, num_images=len(train_images))
     run_steps = total_steps(recipe.train, steps_per_epoch=epoch_steps)
+    phases = build_phases(recipe, total_steps=run_steps, steps_per_epoch=epoch_steps)
     resume.seed_generators(recipe.run.seed)
     model, swap_report = build_model(recipe.model, recipe.binary, image_size=recipe.data.image_size)
     model = place_model(model, recipe, world)
@@ -72,7 +74,9 @@ def assemble(
     precision = scheduled_precision(recipe.precision, model)
     resume.seed_generators(recipe.run.seed + 1 + world.rank)
     ema = timm.utils.ModelEmaV3(model, decay=recipe.train.ema_decay) if recipe.train.ema_decay else None
-    optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
+    optimizer = build_optimizer(
+        model, recipe.optim, kinds=parameter_kinds(model), first_phase=recipe.first_phase
+    )
 
     place: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "device": world.device}
     reading = {**place, "channels_last": recipe.model.channels_last, "in_flight": run_dir / in_flight.FOLDER}
@@ -136,6 +140,7 @@ def assemble(
         engine=engine,
         reducer=reducer,
         schedule=schedule,
+        phases=phases,
         agreement=agreement,
         train_loader=train_loader,
         mixing=mixing,

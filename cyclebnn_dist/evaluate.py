@@ -11,14 +11,21 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cyclebnn_dist.binary import check_two_valued, set_widths
+from cyclebnn_dist.binary import check_two_valued, set_widths, using_real_weights
 from cyclebnn_dist.buffers import averaged_buffers, using_buffers
-from cyclebnn_dist.checkpoint import best_checkpoint, complete_checkpoints, damaged_parts, read_meta
+from cyclebnn_dist.checkpoint import (
+    best_checkpoint,
+    complete_checkpoints,
+    damaged_parts,
+    has_real_weights,
+    read_meta,
+)
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_recipe
 from cyclebnn_dist.data import Batch, EvalLoader, open_source
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.models import build_model
+from cyclebnn_dist.phases import Weights
 from cyclebnn_dist.world import (
     World,
     discover_world,
@@ -46,7 +53,13 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, world: World, forward_bits: int, amp: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    world: World,
+    forward_bits: int,
+    amp: str,
+    weights: Weights = "binary",
 ) -> Evaluation:
     """Collective: every rank calls this. Every validation image counted once, with buffers averaged over ranks.
 
@@ -54,6 +67,7 @@ def evaluate(
 
     Args:
         batches: this rank's, as ``EvalLoader`` gives them.
+        weights: real for a model of a first phase (see ``phases``), whose weights are not two-valued.
 
     Raises:
         RecipeError: on every rank, naming the file: an image cannot be read.
@@ -66,9 +80,13 @@ def evaluate(
     was_training = model.training
     model.eval()
     set_widths(model, forward_bits=forward_bits, backward_bits=32)
-    check_two_valued(model)
     try:
-        with using_buffers(model, averaged_buffers(model, world=world)):
+        with (
+            using_real_weights(model, weights == "real"),
+            using_buffers(model, averaged_buffers(model, world=world)),
+        ):
+            if weights == "binary":
+                check_two_valued(model)
             for batch in refusable(batches, world=world):
                 with torch.autocast(world.device.type, dtype=dtype, enabled=dtype is not None):
                     logits = model(batch.images)
@@ -123,6 +141,7 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
     folder = find_checkpoint(path)
     recipe = load_recipe(folder / SAVED_NAME, check_overrides(overrides))
     forward_bits = recipe.eval.forward_bits or read_meta(folder)["eval_forward_bits"]
+    weights: Weights = "real" if has_real_weights(folder) else "binary"
     images = on_main(world, lambda: open_source(recipe.data, "val", num_classes=recipe.model.num_classes))
     start = replace(recipe.model, pretrained=False, weights="")
     model, _ = build_model(start, recipe.binary, image_size=recipe.data.image_size)
@@ -139,13 +158,16 @@ def evaluate_checkpoint(path: Path, world: World, *, overrides: Sequence[str] = 
         "checkpoint": str(folder),
         "step": read_meta(folder)["step"],
         "forward_bits": forward_bits,
+        **({"weights": weights} if read_meta(folder).get("weights") else {}),
         "images": len(images),
     }
     for prefix, file in (("", "model.safetensors"), ("ema_", "ema.safetensors")):
         if not (folder / file).exists():
             continue
         model.load_state_dict(load_file(str(folder / file)))
-        found = evaluate(model, loader, world=world, forward_bits=forward_bits, amp=recipe.train.amp)
+        found = evaluate(
+            model, loader, world=world, forward_bits=forward_bits, amp=recipe.train.amp, weights=weights
+        )
         result |= {f"{prefix}top1": found.top1, f"{prefix}top5": found.top5, f"{prefix}loss": found.loss}
     loader.close()
     return result
@@ -192,7 +214,7 @@ def find_checkpoint(path: Path, *, which: str = NEWEST) -> Path:
         if found is None:
             raise RecipeError(
                 "--checkpoint",
-                "none of these was evaluated"
+                "none of these was evaluated (with real weights, in a first phase, does not count)"
                 if which == BEST
                 else f"no complete checkpoint is called {which}",
                 f"there are {NEWEST}, {BEST} and steps {', '.join(sorted(steps, key=int))}",

@@ -18,7 +18,6 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.metrics import SlowRankReport
-from cyclebnn_dist.optimizer import learning_rate
 from cyclebnn_dist.own_time import OwnTime
 from cyclebnn_dist.precision.schedule import Widths
 from cyclebnn_dist.preempt import Preempted
@@ -36,6 +35,7 @@ class StepResult:
     grad_norm: torch.Tensor
     lr: float
     widths: Widths
+    real_weights: bool
     skipped: bool
     stop: bool
     writing: bool
@@ -76,6 +76,7 @@ def train(run: Run) -> Literal["finished", "preempted"]:
         saving.publish_if_written(run, writing=result.writing)
         run.totals.add_step(
             result.widths,
+            real_weights=result.real_weights,
             images=run.recipe.train.global_batch_size,
             seconds=result.seconds,
             data_seconds=result.data_seconds,
@@ -125,15 +126,24 @@ def train_step(run: Run) -> StepResult:
     own_time.begin()
     recipe, step = run.recipe, run.step
     widths = run.schedule.at(step)
-    lr = learning_rate(step, recipe.optim, total_steps=run.total_steps, steps_per_epoch=run.steps_per_epoch)
+    moment = run.phases.at(step)
     run.agreement.begin(step, widths=digest(widths), stop=run.preemption.requested, writing=run.saver.writing)
-    run.engine.begin_step(step, lr=lr, communication_bits=widths.communication_bits)
+    if 0 < run.phases.first_steps == step:
+        log.info("the first phase is over: weights are binary from step %d on", step)
+    if moment.restarts_optimizer:
+        run.engine.restart_optimizer()
+    run.engine.begin_step(
+        step,
+        lr=moment.lr,
+        communication_bits=widths.communication_bits,
+        first_phase=moment.first_phase,
+    )
     accumulation = recipe.train.accumulation
     total_loss = torch.zeros((), device=run.world.device)
     data_seconds = 0.0
     requests = Requests(stop=False, writing=False)
     refusal: RecipeError | None = None
-    set_progress(run.model, step / run.total_steps)
+    set_progress(run.model, moment.progress, real_weights=moment.first_phase)
     for micro_step in range(accumulation):
         last = micro_step == accumulation - 1
         set_widths(
@@ -167,8 +177,9 @@ def train_step(run: Run) -> StepResult:
     return StepResult(
         loss=total_loss,
         grad_norm=grad_norm,
-        lr=lr,
+        lr=moment.lr,
         widths=widths,
+        real_weights=moment.first_phase,
         skipped=not updated,
         stop=requests.stop,
         writing=requests.writing,
@@ -271,6 +282,7 @@ def evaluate_and_log(run: Run) -> bool:
     begun = time.perf_counter()
     models = {"": run.model, **({"ema_": run.ema.module} if run.ema else {})}
     (rounds,) = largest_over_ranks(run.world, [len(run.eval_loader)])
+    weights = run.phases.weights_after(run.step)
     row: dict[str, float] = {}
     for prefix, model in models.items():
         batches = run.watchdog.over(run.eval_loader, what=f"step {run.step}, evaluation batch")
@@ -281,17 +293,20 @@ def evaluate_and_log(run: Run) -> bool:
                 world=run.world,
                 forward_bits=run.eval_forward_bits,
                 amp=run.recipe.train.amp,
+                weights=weights,
             )
         except Preempted:
             log.warning("the evaluation at step %d is left; the next start does it again", run.step)
             return False
         row |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
     run.totals.eval_seconds += time.perf_counter() - begun
-    run.totals.add_evaluation(row, images=result.images, step=run.step)
-    run.write_row("eval", {**row, "forward_bits": run.eval_forward_bits, "images": result.images})
+    labelled = {**row, **({"weights": weights} if run.phases.first_steps else {})}
+    run.totals.add_evaluation(labelled, images=result.images, step=run.step, competes=weights == "binary")
+    run.write_row("eval", {**labelled, "forward_bits": run.eval_forward_bits, "images": result.images})
     told = "; ".join(
         f"{'averaged weights ' if prefix else ''}top-1 {row[prefix + 'top1']:.2f} %, loss {row[prefix + 'loss']:.4f}"
         for prefix in models
     )
-    log.info("evaluation at step %d, forward %d bits: %s", run.step, run.eval_forward_bits, told)
+    real = ", real weights" if weights == "real" else ""
+    log.info("evaluation at step %d, forward %d bits%s: %s", run.step, run.eval_forward_bits, real, told)
     return True

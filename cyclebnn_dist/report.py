@@ -49,7 +49,9 @@ def summarize(run: Run) -> dict[str, Any]:
     totals, counters = run.totals, run.reducer.counters
     side = run.recipe.data.image_size
     counts = count(run.model, input_size=(3, side, side))
-    saving = training_saving(counts, totals.steps)
+    saving = training_saving(
+        counts, totals.steps - totals.real_weight_steps, full_steps=totals.real_weight_steps.total()
+    )
     worlds = split_by_world(totals.worlds, running_totals(run))
     return {
         "finished": True,

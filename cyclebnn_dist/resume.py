@@ -45,6 +45,7 @@ def take_snapshot(run: Run) -> Snapshot:
             "steps_per_epoch": run.steps_per_epoch,
             "eval_forward_bits": run.eval_forward_bits,
             "comm_verdict": run.verdict.state_dict() if run.verdict else None,
+            "weights": run.phases.weights_after(run.step) if run.phases.first_steps else None,
             "evaluation": run.totals.evaluation if evaluated else None,
             "teachers": run.objective.teachers,
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from cyclebnn_dist.data import EvalLoader, Mixing, TrainLoader
 from cyclebnn_dist.engine import Engine
 from cyclebnn_dist.losses import Objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
+from cyclebnn_dist.phases import Phases
 from cyclebnn_dist.precision.schedule import Schedule
 from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.stop_vote import StopVote
@@ -39,6 +41,7 @@ class Run:
     engine: Engine
     reducer: Reducer
     schedule: Schedule
+    phases: Phases
     agreement: Agreement
     train_loader: TrainLoader
     mixing: Mixing
@@ -64,9 +67,9 @@ class Run:
     """Finished optimizer steps, skipped ones included."""
 
     def write_row(
-        self, kind: Literal["train", "eval", "health", "checkpoint"], row: dict[str, float]
+        self, kind: Literal["train", "eval", "health", "checkpoint"], row: Mapping[str, float | str]
     ) -> None:
-        """Write one row of numbers to metrics.jsonl and Weights & Biases (rank 0 has them)."""
+        """Write one row to metrics.jsonl and Weights & Biases (rank 0 has them)."""
         if self.journal is not None:
             self.journal.write({"event": kind, "step": self.step, **row})
             self.wandb.log({f"{kind}/{name}": value for name, value in row.items()}, step=self.step)

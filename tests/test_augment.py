@@ -140,6 +140,64 @@ def test_orientation_in_exif_is_left_alone_as_timm_does(tmp_path):
         torch.testing.assert_close(images[0], images[1], atol=0.01, rtol=0)
 
 
+TIMMS_NAMES = {
+    "AutoContrast": "auto_contrast", "Equalize": "equalize", "Invert": "invert", "Rotate": "rotate",
+    "PosterizeIncreasing": "posterize", "SolarizeIncreasing": "solarize", "SolarizeAdd": "solarize_add",
+    "ColorIncreasing": "color", "ContrastIncreasing": "contrast", "BrightnessIncreasing": "brightness",
+    "SharpnessIncreasing": "sharpness", "ShearX": "shear_x", "ShearY": "shear_y",
+    "TranslateXRel": "translate_x", "TranslateYRel": "translate_y",
+}  # fmt: skip
+
+
+def test_timms_randaugment_draws_timms_operations_at_timms_magnitudes():
+    """BNext's rand-m7-mstd0.5-inc1."""
+    config = DataConfig(
+        augment="randaugment_timm", randaugment_magnitude=21, randaugment_std=1.5, randaugment_prob=0.5
+    )
+    names = [operation.name for operation in augment._suites(config)[0]]
+    theirs = [TIMMS_NAMES[name] for name in timm.data.auto_augment.rand_augment_choices("", increasing=True)]
+    assert sorted(names) == sorted([*theirs, "identity"])
+    columns = pipeline.num_columns(config)
+    random = uniforms(range(30_000), columns, seed=0, epoch=0)[:, pipeline._CROP_COLUMNS :]
+    feeds = augment.feeds(config, random)
+    times = np.bincount(feeds["operation"].ravel(), minlength=len(names)) / feeds["operation"].size
+    assert times[names.index("identity")] == pytest.approx(0.5, abs=0.01)
+    assert times[:-1] == pytest.approx([0.5 / 15] * 15, abs=0.005)
+    levels = feeds["magnitude"] / 3
+    assert levels.mean() == pytest.approx(7, abs=0.02)
+    # Rounding to thirds of a level adds a variance of its own.
+    assert levels.std() == pytest.approx((0.5**2 + (1 / 3) ** 2 / 12) ** 0.5, rel=0.02)
+    assert abs(np.corrcoef(feeds["magnitude"].ravel(), feeds["operation"].ravel())[0, 1]) < 0.02
+    far = augment.feeds(dataclasses.replace(config, randaugment_std=60.0), random)["magnitude"]
+    assert (far.min(), far.max()) == (0, 30)
+
+
+def test_timms_randaugment_changes_pixels_and_places_as_timm_does():
+    config = DataConfig(augment="randaugment_timm", randaugment_num_ops=1, image_size=16)
+    suite = augment._suites(config)[0]
+    names = [operation.name for operation in suite]
+    pointwise = ["Invert", "SolarizeIncreasing", "SolarizeAdd", "PosterizeIncreasing"]
+    # At the last level timm posterizes to no bits at all.
+    cases = [(name, level) for name in pointwise for level in (4, 7, 10)][:-1]
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    feeds = {
+        "operation": np.array([[names.index(TIMMS_NAMES[name])] for name, _ in cases], np.int32),
+        "sign": np.zeros((len(cases), 1), np.int32),
+        "magnitude": np.array([[3 * level] for _, level in cases], np.int32),
+    }
+    found = run_on(pixels, feeds, lambda images: augment.augmented(images, config), conditionals=True)
+    for (name, level), changed in zip(cases, found, strict=True):
+        argument = timm.data.auto_augment.LEVEL_TO_ARG[name]
+        arguments = argument(level, {}) if argument else ()
+        expected = timm.data.auto_augment.NAME_TO_OP[name](Image.fromarray(pixels), *arguments)
+        assert np.array_equal(changed, np.asarray(expected)), (name, level)
+    for name in ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "ColorIncreasing"):
+        low, high = suite[names.index(TIMMS_NAMES[name])].mag_range
+        (theirs,) = timm.data.auto_augment.LEVEL_TO_ARG[name](7, {})
+        offset = 1.0 if name.endswith("Increasing") else 0.0  # enhancing factors lie about 1
+        assert low + (high - low) * 0.7 == pytest.approx(abs(theirs - offset), abs=1e-6), name
+
+
 def timms_policy():
     """AutoAugment's sub-policies as timm has them: (operation in DALI's name, probability, level), idle steps left out."""
     names = {

@@ -21,6 +21,7 @@ from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.config.recipe import CommConfig, EngineConfig
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, zero
 from cyclebnn_dist.metrics import read_journal
+from cyclebnn_dist.optimizer import DECAYS
 
 BITS = [4, 2, 8, 16, 1, 32, 3]
 STAGES = [0, 1, 2]
@@ -37,6 +38,7 @@ def build(
     hierarchical=False,
     feedback=False,
     bucket_mb=0.01,
+    first_decay=None,
     memory_format=torch.contiguous_format,
 ):
     """Engine and reducer of a small net; ``stage`` None is DDP."""
@@ -54,6 +56,8 @@ def build(
         {"params": list(g.values()), "names": list(g), "lr_scale": scale, "weight_decay": decay}
         for g, scale, decay in [(weights, 1.0, 0.05), (others, 0.5, 0.0)]
     ]
+    if first_decay is not None:
+        groups[0][DECAYS] = (first_decay, groups[0]["weight_decay"])
     if optimizer == "sgd":
         made = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     else:
@@ -68,12 +72,28 @@ def build(
     return engine, reducer
 
 
-def train(engine, reducer, rank, *, steps, bits=BITS, accumulation=1, clip=0.0, lr=0.01, overflow=None):
+def train(
+    engine,
+    reducer,
+    rank,
+    *,
+    steps,
+    bits=BITS,
+    accumulation=1,
+    clip=0.0,
+    lr=0.01,
+    overflow=None,
+    restart_at=-1,
+):
     """Of each step: norm, bytes sent so far, copies of the parameters. What ranks see depends on rank and step alone."""
     history = []
     for step in steps:
         data = torch.Generator().manual_seed(100 * step + rank)
-        engine.begin_step(step, lr=lr, communication_bits=bits[step % len(bits)])
+        if step == restart_at:
+            engine.restart_optimizer()
+        engine.begin_step(
+            step, lr=lr, communication_bits=bits[step % len(bits)], first_phase=step < restart_at
+        )
         for micro_step in range(accumulation):
             with nullcontext() if micro_step == accumulation - 1 else engine.accumulating():
                 images = torch.randn(8, 3, 9, 9, generator=data)
@@ -105,6 +125,7 @@ WAYS = {
     "bf16": ({"amp": "bf16"}, {}),
     "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
     "one bucket": ({"bucket_mb": 25.0}, {}),
+    "two phases": ({"first_decay": 0.5}, {"bits": [32], "restart_at": 8}),
 }
 
 

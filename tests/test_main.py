@@ -76,9 +76,9 @@ import threading
 from cyclebnn_dist import loop
 from cyclebnn_dist.__main__ import main
 seen, original = [], loop.set_progress
-def record(model, progress):
+def record(model, progress, **phase):
     seen.append(progress)
-    original(model, progress)
+    original(model, progress, **phase)
 loop.set_progress = record
 status = main(sys.argv[1:])
 print(*seen)

@@ -139,6 +139,22 @@ def test_a_compiled_model_is_not_compiled_again_as_the_run_goes_on(method):
     assert counter.frame_count == (2 if method == "bnext" else 1)
 
 
+def test_a_compiled_model_is_compiled_once_more_when_weights_cease_to_be_real():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BinaryConv2d.from_real(nn.Conv2d(4, 4, 3), method="reactnet"))
+    plain, images = copy.deepcopy(model), torch.randn(2, 3, 7, 7)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for real in (True, True, False, False):
+        for each, run in ((model, compiled), (plain, plain)):
+            each.zero_grad()
+            set_progress(each, 0.0, real_weights=real)
+            run(images).square().sum().backward()
+        torch.testing.assert_close(model[1].weight.grad, plain[1].weight.grad)
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("lowest", [0.1, 0.001])
 def test_ede_sharpens_from_its_lowest_to_ten(lowest):
     assert ede_at(0.0, lowest_t=lowest) == pytest.approx((lowest, 1 / lowest))

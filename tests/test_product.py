@@ -14,7 +14,7 @@ CONVOLUTIONS = {
     "one-sided border": Geometry((2, 2), (0, 0), (1, 1), 1, border=(0, 1, 1, 2)),
     "linear": None,
 }
-OPERANDS = ["signs", "scaled_signs", "two_valued", "real"]
+OPERANDS = ["signs", "scaled_signs", "two_valued", "real", "two_valued_inputs"]
 
 
 def operands(kind, geometry, *, seed=0):
@@ -28,10 +28,11 @@ def operands(kind, geometry, *, seed=0):
     weight = signs(6, 4 // groups, 3, 3) if geometry else signs(6, 11)
     if kind == "scaled_signs":
         weight *= torch.rand(6, *[1] * (weight.dim() - 1), generator=generator) + 0.01
-    if kind == "two_valued":
+    if kind in ("two_valued", "two_valued_inputs"):
         inputs = 0.7 * inputs + 0.2
+    if kind == "two_valued":
         weight = weight * 0.3 + torch.rand(6, *[1] * (weight.dim() - 1), generator=generator)
-    if kind == "real":
+    if kind in ("real", "two_valued_inputs"):
         weight *= torch.rand(weight.shape, generator=generator)
     return inputs.requires_grad_(), weight.requires_grad_()
 

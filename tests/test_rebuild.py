@@ -71,6 +71,18 @@ def test_every_method_has_the_same_gradients(method, keep):
         assert torch.equal(value, again), name
 
 
+@pytest.mark.parametrize("keep", ["integers", "recompute"])
+@pytest.mark.parametrize("method", ["adabin", "reactnet"])
+def test_real_weights_of_a_first_phase_have_the_same_gradients(method, keep):
+    def gradients(keep):
+        model = build("resnet18", method=method, keep=keep)
+        set_progress(model, 0.0, real_weights=True)
+        return one_step(model)
+
+    for (name, value), again in zip(gradients("nothing").items(), gradients(keep).values(), strict=True):
+        assert torch.equal(value, again), name
+
+
 def test_accumulation_and_a_second_backward_pass_see_the_same_tensors():
     def gradients(keep):
         model = build("resnet18", keep=keep)

@@ -9,7 +9,7 @@ from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryLinear
 from cyclebnn_dist.binary.parameters import binary_modules, parameter_kinds
 from cyclebnn_dist.binary.swap import SwapReport, SwapRow, binarize_
 from cyclebnn_dist.binary.two_valued import check_two_valued
-from cyclebnn_dist.binary.widths import scheduled_precision, set_progress, set_widths
+from cyclebnn_dist.binary.widths import scheduled_precision, set_progress, set_widths, using_real_weights
 
 __all__ = [
     "CONVENTIONS",
@@ -31,4 +31,5 @@ __all__ = [
     "scheduled_precision",
     "set_progress",
     "set_widths",
+    "using_real_weights",
 ]

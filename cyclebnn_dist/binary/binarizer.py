@@ -34,7 +34,8 @@ def method(name: str) -> Callable[[type[Binarizer]], type[Binarizer]]:
 class Binarizer(nn.Module):
     """One layer's rule: real weights and inputs in, two-valued ones out, and back.
 
-    The layer computes ``scale_output(product(binarize_input(x), binarize_weight(w))) + bias``.
+    The layer computes ``scale_output(product(binarize_input(x), binarize_weight(w))) + bias``; in a first phase of training
+    (see ``phases``) w itself takes the place of ``binarize_weight(w)``.
 
     Args:
         weight: the layer's latent weight [filters, channels / groups, ...]; read to size and initialize parameters, not
@@ -57,6 +58,7 @@ class Binarizer(nn.Module):
         self.quantize_forward = False
         self.quantize_backward = False
         self.scheduled_operands = self.operands_at(1.0)
+        self.real_weights = False
         widths = torch.tensor([OFF_BITS, OFF_BITS, 1, 0], dtype=torch.int32, device=weight.device)
         self.register_buffer("widths", widths, persistent=False)
         final = torch.tensor(self.phase_at(1.0), device=weight.device)
@@ -75,13 +77,20 @@ class Binarizer(nn.Module):
 
     @property
     def operands(self) -> Operands:
-        """``operands_at`` this step's progress in training, at the end of the run in evaluation."""
-        return self.scheduled_operands if self.training else self.operands_at(1.0)
+        """``operands_at`` this step's progress in training, at the end of the run in evaluation; weights may be real."""
+        operands = self.scheduled_operands if self.training else self.operands_at(1.0)
+        if not self.real_weights:
+            return operands
+        return "two_valued_inputs" if operands == "two_valued" else "real"
 
     @property
     def phase(self) -> Tensor:
         """``phase_at`` this step's progress (see ``set_progress``) in training, at the end of the run in evaluation."""
         return self.scheduled_phase if self.training else self.final_phase
+
+    def weight_in_use(self, weight: Tensor) -> Tensor:
+        """The weight that inputs are multiplied with: binarized, or the latent one where ``set_progress`` says real."""
+        return weight if self.real_weights else self.binarize_weight(weight)
 
     def binarize_weight(self, weight: Tensor) -> Tensor:
         """Two values a filter, in the shape of ``weight``."""

@@ -32,7 +32,7 @@ class Health:
       that crossed its method's threshold, never the cycle's doing.
     - saturated_inputs: share of a layer's inputs at which the gradient of its sign is 0 (for EDE: negligible), over the
       first pass of the step and the mean over ranks. At the width of that step, for CycleBNN's gradient depends on it.
-    - saturated_weights: the same of latent weights, for methods that cut their gradient.
+    - saturated_weights: the same of latent weights, for methods that cut their gradient; absent while weights are real.
     - latent_magnitude: mean |w| of the latent weights.
 
     Signs are kept at one bit a weight and are no part of a checkpoint: after a restart between two measurements the
@@ -115,7 +115,7 @@ class Health:
             if not inputs.isnan():
                 found["saturated_inputs"][name] = inputs
             weights = module.binarizer.weight_saturation(module.weight)
-            if weights is not None:
+            if weights is not None and not module.binarizer.real_weights:
                 found["saturated_weights"][name] = weights
             found["latent_magnitude"][name] = module.weight.abs().mean(dtype=torch.float32)
         rows = {

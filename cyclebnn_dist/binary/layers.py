@@ -41,7 +41,7 @@ class BinaryConv2d(nn.Conv2d):
         geometry = self._geometry(input.shape[-2], input.shape[-1])
         product = binary_product(
             signs,
-            self.binarizer.binarize_weight(self.weight),
+            self.binarizer.weight_in_use(self.weight),
             geometry,
             operands=self.binarizer.operands,
             keep=self.keep,
@@ -108,7 +108,7 @@ class BinaryLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         product = binary_product(
             self.binarizer.binarize_input(input),
-            self.binarizer.binarize_weight(self.weight),
+            self.binarizer.weight_in_use(self.weight),
             None,
             operands=self.binarizer.operands,
             keep=self.keep,

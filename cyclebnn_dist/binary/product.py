@@ -17,9 +17,10 @@ from cyclebnn_dist.binary.bits import Form, form_of, pack_bits, pack_signs, unpa
 from cyclebnn_dist.binary.layouts import dense, per_filter
 from cyclebnn_dist.binary.rebuild import Kept, Rebuild, offer, offered, saving_instead
 
-Operands = Literal["signs", "scaled_signs", "two_valued", "real"]
+Operands = Literal["signs", "scaled_signs", "two_valued", "real", "two_valued_inputs"]
 """signs: inputs and weights of +1 and -1. scaled_signs: the weights times a scale per filter. two_valued: any two values, of
-the whole input and of each filter. real: inputs of +1 and -1, weights of any values."""
+the whole input and of each filter. real: inputs of +1 and -1, weights of any values. two_valued_inputs: any two values of the
+whole input, weights of any values."""
 
 Keep = Literal["nothing", "integers", "recompute"]
 """How the product can be had again: not at all; from 16-bit integers, where it is wider and integer, else from itself (so
@@ -64,7 +65,7 @@ def binary_product(
     about, packed, integers = node.about, node.packed, node.integers
     node.packed = node.integers = None
     if keep == "recompute":
-        packed = packed if rebuild is None else (packed[0], rebuild)
+        packed = packed if rebuild is None else (packed[0], rebuild, *packed[2:])
         offer(product, Rebuild(lambda: _recompute(about, packed)))
     elif integers is None:
         offer(product, Rebuild(Kept(product.detach()).take))
@@ -161,9 +162,12 @@ def multiply(inputs: Tensor, weight: Tensor, geometry: Geometry | None) -> Tenso
 
 def _packed(inputs: Tensor, weight: Tensor, operands: Operands) -> tuple[Tensor, ...]:
     """What ``_operands`` needs."""
-    if operands == "two_valued":
-        input_values, weight_values = inputs.aminmax(), weight.flatten(1).aminmax(dim=1)
+    if operands in ("two_valued", "two_valued_inputs"):
+        input_values = inputs.aminmax()
         input_bits = pack_bits(inputs > input_values.min)
+        if operands == "two_valued_inputs":
+            return input_bits, weight, *input_values
+        weight_values = weight.flatten(1).aminmax(dim=1)
         weight_bits = pack_bits(weight > per_filter(weight_values.min, weight))
         return input_bits, weight_bits, *input_values, *weight_values
     input_bits = pack_signs(inputs)
@@ -179,9 +183,12 @@ def _operands(
     """Inputs and weight of a product as they were, in ``dtype``; signs without their scale if not ``scaled``."""
     input_bits, saved, *numbers = packed
     saved = saved.peek() if isinstance(saved, Rebuild) else saved
-    if about.operands == "two_valued":
-        input_low, input_high, weight_low, weight_high = numbers
+    if about.operands in ("two_valued", "two_valued_inputs"):
+        input_low, input_high, *weight_values = numbers
         inputs = torch.where(_unpack_mask(input_bits, about.input_form), input_high, input_low)
+        if about.operands == "two_valued_inputs":
+            return inputs.to(dtype), saved.to(dtype)
+        weight_low, weight_high = weight_values
         mask = _unpack_mask(saved, about.weight_form)
         weight = torch.where(mask, per_filter(weight_high, mask), per_filter(weight_low, mask))
         return inputs.to(dtype), weight.to(dtype)

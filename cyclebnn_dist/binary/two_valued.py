@@ -13,7 +13,7 @@ SHOWN_LAYERS, SHOWN_VALUES = 3, 4
 
 @torch.no_grad()
 def check_two_valued(model: nn.Module) -> None:
-    """Binarize every latent weight as evaluation does, at the widths that are set, and count values filter by filter.
+    """Take every weight as evaluation does, at the widths that are set, and count values filter by filter.
 
     Methods that soften their weights in training (BNext's temperature) must have hardened them here: what is evaluated
     is what is exported. A filter of one value alone is binary too.
@@ -24,7 +24,7 @@ def check_two_valued(model: nn.Module) -> None:
     problems = []
     for name, module in binary_modules(model):
         with evaluating(module.binarizer):
-            rows = module.binarizer.binarize_weight(module.weight).flatten(1)
+            rows = module.binarizer.weight_in_use(module.weight).flatten(1)
         wrong = ~is_two_valued(rows) | ~module.weight.flatten(1).isfinite().all(1)
         if wrong.any():
             first = int(wrong.nonzero()[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -57,20 +58,22 @@ def set_widths(
         torch._foreach_copy_([buffer for buffer, _ in rows], list(values.unbind(0)))
 
 
-def set_progress(model: nn.Module, progress: float) -> None:
+def set_progress(model: nn.Module, progress: float, *, real_weights: bool = False) -> None:
     """Tell all binary layers how far the run is, for methods whose gradient or weights change over it.
 
     Called once a step, before the forward pass; until then layers are as at the end of a run, and in evaluation they
     always are. The numbers go into tensors, so a compiled model is not compiled again (but once where a method's weights
-    harden into signs).
+    harden into signs, and once where they cease to be real).
 
     Args:
         progress: 0 at the first step, 1 at the end of the run.
+        real_weights: whether layers multiply with their latent weights as they are, in training and in evaluation.
     """
     assert 0.0 <= progress <= 1.0, progress
     by_device: dict[torch.device, list[tuple[torch.Tensor, tuple[float, ...]]]] = {}
     for _, binarizer in binarizers(model):
         binarizer.scheduled_operands = binarizer.operands_at(progress)
+        binarizer.real_weights = real_weights
         numbers = binarizer.phase_at(progress)
         if numbers:
             buffer = binarizer.scheduled_phase
@@ -81,6 +84,20 @@ def set_progress(model: nn.Module, progress: float) -> None:
         torch._foreach_copy_(
             [buffer for buffer, _ in rows], list(values.split([len(numbers) for _, numbers in rows]))
         )
+
+
+@contextmanager
+def using_real_weights(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within, all binary layers multiply with their latent weights as they are, or with none such; afterwards as before."""
+    found = [binarizer for _, binarizer in binarizers(model)]
+    before = [binarizer.real_weights for binarizer in found]
+    for binarizer in found:
+        binarizer.real_weights = wanted
+    try:
+        yield
+    finally:
+        for binarizer, was in zip(found, before, strict=True):
+            binarizer.real_weights = was
 
 
 def _noise_key(seed: int, step: int, index: int) -> tuple[int, int]:

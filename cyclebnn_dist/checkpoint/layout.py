@@ -111,7 +111,7 @@ def newest_checkpoint(run_dir: Path, *, world: World) -> Path | None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the best top-1 of an evaluation at its own step; None if none was evaluated."""
+    """The complete checkpoint with the best top-1 of an evaluation at its own step (see ``evaluated_top1``), or None."""
     scores = {
         folder: top1
         for folder in complete_checkpoints(run_dir)
@@ -121,9 +121,14 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 
 
 def evaluated_top1(folder: Path) -> float | None:
-    """Top-1 in percent of the model in a complete checkpoint, if it was evaluated at that step."""
+    """Top-1 in percent of the model in a complete checkpoint, if it was evaluated at that step, with binary weights."""
     evaluation = read_meta(folder).get("evaluation")
-    return evaluation["top1"] if evaluation else None
+    return evaluation["top1"] if evaluation and not has_real_weights(folder) else None
+
+
+def has_real_weights(folder: Path) -> bool:
+    """Whether a complete checkpoint is of a first phase, whose latent weights are used as they are."""
+    return read_meta(folder).get("weights") == "real"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -142,12 +142,17 @@ class DataConfig:
     """Aspect ratio of the random resized crop."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    augment: Literal["none", "randaugment", "trivialaugment", "autoaugment"] = "none"
-    """Further augmentation, from DALI's own library; autoaugment is its policy for ImageNet."""
+    augment: Literal["none", "randaugment", "randaugment_timm", "trivialaugment", "autoaugment"] = "none"
+    """Further augmentation, from DALI's own library; randaugment_timm chooses among timm's operations ("inc1"), which
+    invert and solarize too; autoaugment is the policy for ImageNet."""
     randaugment_num_ops: int = 2
     """Operations RandAugment applies to an image."""
     randaugment_magnitude: int = 9
-    """Strength of RandAugment's operations, 0 to 30."""
+    """Strength of RandAugment's operations, 0 to 30; timm's goes to 10, so its m7 is 21 here."""
+    randaugment_std: float = 0.0
+    """Standard deviation of that strength, drawn for each operation; timm's mstd0.5 is 1.5 here."""
+    randaugment_prob: float = 1.0
+    """Probability that each of RandAugment's operations is done at all; timm's default is 0.5."""
     color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Ranges of brightness, contrast, saturation and hue, as torchvision's ColorJitter has them; 0 means off.
     timm's default 0.4 is [0.4, 0.4, 0.4, 0]. Beside augment both are done, this one last."""
@@ -241,7 +246,9 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate, for the whole global batch."""
     momentum: float = 0.9
-    """Momentum of SGD (Nesterov)."""
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum in SGD, as in IR-Net's settings; false for plain momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Moment decay rates of Adam, AdamW and LAMB."""
     weight_decay: float = 1e-5
@@ -260,12 +267,35 @@ class OptimConfig:
     """Shape of the learning rate after warm-up."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
+    warmup_lr: float | None = None
+    """Learning rate that the warm-up starts at; null: one step's share of lr."""
     min_lr: float = 0.0
     """Learning rate at the end of a cosine or linear schedule."""
     milestones: tuple[float, ...] = (30.0, 60.0, 80.0)
     """Epochs at which the step schedule multiplies the learning rate by gamma."""
     gamma: float = 0.1
     """Factor of the step schedule."""
+
+
+@dataclass(frozen=True)
+class FirstPhaseConfig:
+    """A first phase of training with binary inputs and real weights (ReActNet's step 1), in the same run."""
+
+    epochs: float = 0.0
+    """Epochs, of train.epochs, in which binary layers multiply signs with their real latent weights; 0: no such phase.
+    The learning rate's schedule, warm-up included, runs once in each phase; widths and the averaged weights just go on."""
+    lr: float | None = None
+    """Peak learning rate of the first phase; null: optim.lr."""
+    weight_decay: float | None = None
+    """Weight decay of real-valued weights in the first phase; null: optim.weight_decay."""
+    binary_weight_decay: float | None = None
+    """Weight decay of the latent weights of binary layers in the first phase; null: optim.binary_weight_decay."""
+    other_weight_decay: float | None = None
+    """Weight decay of the rest in the first phase; null: optim.other_weight_decay."""
+    weight_decay_of: dict[str, float] = field(default_factory=dict)
+    """Weight decay of some parameters in the first phase, by glob of their names, before optim.weight_decay_of."""
+    restart_optimizer: bool = True
+    """Begin the second phase with a new optimizer, as the authors do: its moments start from zero."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +410,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    first_phase: FirstPhaseConfig = field(default_factory=FirstPhaseConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     comm: CommConfig = field(default_factory=CommConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -97,6 +97,9 @@ def nearest(settings: type, key: str) -> str:
     group, _, last = key.rpartition(".")
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == group}
     found = [known for known in keys if known.rpartition(".")[2] == last]
+    groups = {known.rpartition(".")[0]: known for known in found}
+    if close := difflib.get_close_matches(group, groups, n=1, cutoff=0.6):
+        found = [groups[close[0]]]
     found = found or [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
     found = found or difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
     if found:

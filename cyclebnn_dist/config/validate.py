@@ -10,6 +10,7 @@ from cyclebnn_dist.config.distill_rules import check_distill
 from cyclebnn_dist.config.edge_rules import check_edges
 from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.phase_rules import check_first_phase
 from cyclebnn_dist.config.recipe import Recipe, WidthConfig
 
 MAY_CHANGE = frozenset(
@@ -85,6 +86,7 @@ def validate(recipe: Recipe) -> None:
         _check_data,
         _check_train,
         _check_optim,
+        check_first_phase,
         _check_precision,
         _check_comm,
         check_engine,
@@ -175,7 +177,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "train.clip_norm loss.kurtosis_weight distill.label_loss optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
-        " optim.warmup_epochs run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
+        " optim.warmup_epochs first_phase.epochs data.randaugment_std run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"
         " precision.backward.warmup_epochs precision.communication.warmup_epochs",
         _at_least(0),
         "0 or more",
@@ -193,6 +195,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("data.crop_pct", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("data.randaugment_magnitude", _between(0, 30), "from 0 to 30"),
+    ("data.randaugment_prob", lambda value: 0 < value <= 1, "above 0, up to 1"),
     ("train.label_smoothing train.ema_decay optim.momentum", _below_one, "at least 0 and below 1"),
     ("optim.betas", lambda value: all(map(_below_one, value)), "two numbers, each at least 0 and below 1"),
     ("data.std", lambda value: min(value) > 0, "three numbers greater than 0"),
@@ -244,6 +247,21 @@ def _check_optim(recipe: Recipe) -> None:
             f"{optim.warmup_epochs:g} leaves nothing of train.epochs = {epochs:g}",
             "it must be smaller",
         )
+    if optim.name == "sgd" and optim.nesterov and not optim.momentum:
+        raise RecipeError(
+            "optim.momentum", "0 beside optim.nesterov=true", "set optim.nesterov=false as well"
+        )
+    if optim.warmup_lr is not None:
+        if optim.warmup_lr < 0:
+            raise RecipeError(
+                "optim.warmup_lr", f"{optim.warmup_lr:g} is out of range", "it must be 0 or more"
+            )
+        if not optim.warmup_epochs:
+            raise RecipeError(
+                "optim.warmup_lr",
+                "has no effect: optim.warmup_epochs is 0",
+                "set optim.warmup_epochs, or leave it out",
+            )
     if optim.min_lr > optim.lr:
         raise RecipeError(
             "optim.min_lr", f"{optim.min_lr:g} is above optim.lr = {optim.lr:g}", "it must not be larger"

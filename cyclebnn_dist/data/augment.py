@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from nvidia import dali
-from nvidia.dali.auto_aug import auto_augment, rand_augment, trivial_augment
+from nvidia.dali.auto_aug import augmentations, auto_augment, rand_augment, trivial_augment
 from nvidia.dali.auto_aug.augmentations import identity
 from nvidia.dali.auto_aug.core import select, signed_bin
 
@@ -22,6 +23,10 @@ MAGNITUDE_BINS = 31
 TRANSLATION = 150 / 331
 """AutoAugment's largest shift as a fraction of the side: the paper's 150 of 331 pixels (DALI's default is the whole side)."""
 _FILL = 128
+TIMMS = "randaugment_timm"
+RANDAUGMENTS = ("randaugment", TIMMS)
+TIMMS_TRANSLATION = 0.45
+"""Of timm's RandAugment: largest shift as a fraction of the side."""
 
 
 class _Policy(NamedTuple):
@@ -36,9 +41,9 @@ class _Policy(NamedTuple):
 
 def num_augmentations(config: DataConfig) -> int:
     """Augmenting operations one training image goes through."""
-    return {"none": 0, "randaugment": config.randaugment_num_ops, "trivialaugment": 1, "autoaugment": 2}[
-        config.augment
-    ]
+    if config.augment in RANDAUGMENTS:
+        return config.randaugment_num_ops
+    return {"none": 0, "trivialaugment": 1, "autoaugment": 2}[config.augment]
 
 
 def num_columns(config: DataConfig) -> int:
@@ -49,8 +54,9 @@ def num_columns(config: DataConfig) -> int:
 def feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarray]:
     """Turn uniform numbers [B, num_columns] into the inputs of ``augmented``, int32 [B, num_augmentations] each.
 
-    An operation is an index into the suite of its stage. RandAugment draws operations at fixed magnitude,
-    TrivialAugment both; AutoAugment draws a sub-policy, and whether each of its two operations is done.
+    An operation is an index into the suite of its stage. RandAugment draws operations, whether each is done, and magnitudes
+    about a fixed one; TrivialAugment draws operation and magnitude; AutoAugment draws a sub-policy, and whether each of
+    its two operations is done.
     """
     count = num_augmentations(config)
     if not count:
@@ -62,11 +68,20 @@ def feeds(config: DataConfig, random: np.ndarray) -> dict[str, np.ndarray]:
         idle = [len(suite) - 1 for suite in policy.suites]
         operation = np.where(strength < policy.probability[row], policy.operation[row], idle)
         magnitude = policy.magnitude[row]
+    elif config.augment in RANDAUGMENTS:
+        suite = _suites(config)[0]
+        last = len(suite) - 1
+        chosen = np.floor(
+            choice / config.randaugment_prob * (last if config.augment == TIMMS else len(suite))
+        )
+        operation = np.where(choice < config.randaugment_prob, chosen, last)
+        magnitude = np.full_like(strength, config.randaugment_magnitude)
+        if config.randaugment_std:
+            drawn = np.rint(magnitude + config.randaugment_std * _normal(strength))
+            magnitude = np.clip(drawn, 0, MAGNITUDE_BINS - 1)
     else:
         operation = np.floor(choice * len(_suites(config)[0]))
         magnitude = np.floor(strength * MAGNITUDE_BINS)
-        if config.augment == "randaugment":
-            magnitude = np.full_like(magnitude, config.randaugment_magnitude)
     return {
         "operation": operation.astype(np.int32),
         "sign": (sign < 0.5).astype(np.int32),
@@ -95,11 +110,51 @@ def augmented(images: Any, config: DataConfig) -> Any:
     return images
 
 
+def timms_suite() -> list[Any]:
+    """timm's operations for RandAugment at magnitudes that increase their strength, by DALI's; the last does nothing.
+
+    At full strength they do what timm's do at level 10. Beside the border's colour (grey here, the mean there) they
+    differ where timm cuts numbers to integers, and in that at least one bit stays (timm would give black).
+    """
+    enhanced = [
+        getattr(augmentations, name).augmentation((0, 0.9), True, augmentations.shift_enhance_range)
+        for name in ("color", "contrast", "brightness")
+    ]
+    return [
+        augmentations.auto_contrast,
+        augmentations.equalize,
+        augmentations.invert,
+        augmentations.rotate.augmentation((0, 30), True),
+        augmentations.posterize.augmentation((4, 0), False, _bits_left),
+        augmentations.solarize.augmentation((256, 0)),
+        augmentations.solarize_add.augmentation((0, 110)),
+        *enhanced,
+        augmentations.sharpness.augmentation((0, 0.9), True, augmentations.sharpness_kernel),
+        augmentations.shear_x.augmentation((0, 0.3), True),
+        augmentations.shear_y.augmentation((0, 0.3), True),
+        augmentations.translate_x.augmentation((0, TIMMS_TRANSLATION), True),
+        augmentations.translate_y.augmentation((0, TIMMS_TRANSLATION), True),
+        identity,
+    ]
+
+
+def _bits_left(magnitude: float) -> np.ndarray:
+    """Mask of posterization to ``magnitude`` bits; timm rounds the bits that go down."""
+    return augmentations.poster_mask_uint8(np.ceil(round(magnitude, 6)))
+
+
+def _normal(uniform: np.ndarray) -> np.ndarray:
+    """Normal numbers from uniform ones."""
+    return torch.special.ndtri(torch.from_numpy(np.ascontiguousarray(uniform, dtype=np.float64))).numpy()
+
+
 def _suites(config: DataConfig) -> list[list[Any]]:
     """The operations that each stage chooses from."""
     if config.augment == "autoaugment":
         return _auto_augment().suites
-    if config.augment == "randaugment":
+    if config.augment == TIMMS:
+        suite = timms_suite()
+    elif config.augment == "randaugment":
         suite = rand_augment.get_rand_augment_suite(use_shape=True)
     else:
         suite = trivial_augment.get_trivial_augment_wide_suite(use_shape=True)

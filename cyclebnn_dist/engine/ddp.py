@@ -14,9 +14,11 @@ from cyclebnn_dist.comm import Reducer, register_hook
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.optimizer import (
+    forget_updates,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     set_learning_rate,
+    set_weight_decay,
 )
 
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,8 +63,12 @@ class DDPEngine:
             )
         register_hook(self._wrapped, reducer)
 
-    def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
+    def restart_optimizer(self) -> None:
+        forget_updates(self._optimizer)
+
+    def begin_step(self, step: int, *, lr: float, communication_bits: int, first_phase: bool = False) -> None:
         set_learning_rate(self._optimizer, lr)
+        set_weight_decay(self._optimizer, first_phase=first_phase)
         self._reducer.begin_step(step, communication_bits, loss_scale=self._scaler.get_scale())
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -17,9 +17,11 @@ from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.engine import zero
 from cyclebnn_dist.engine.partition import gather_state_by_name, load_state_by_name
 from cyclebnn_dist.optimizer import (
+    forget_updates,
     load_optimizer_state_by_name,
     optimizer_state_by_name,
     set_learning_rate,
+    set_weight_decay,
 )
 from cyclebnn_dist.world import World, share_refusal
 
@@ -91,8 +93,12 @@ class DeepSpeedEngine:
                 4e-6 * numel * (world.size - 1) / world.size,
             )
 
-    def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
+    def restart_optimizer(self) -> None:
+        forget_updates(self._optimizer)
+
+    def begin_step(self, step: int, *, lr: float, communication_bits: int, first_phase: bool = False) -> None:
         set_learning_rate(self._optimizer, lr)
+        set_weight_decay(self._optimizer, first_phase=first_phase)
         self._reducer.begin_step(step, communication_bits)
         self._norms = {}
         for parameter in self._parameters:

@@ -23,8 +23,11 @@ class Engine(Protocol):
     module: nn.Module
     """The model itself, without any wrapper."""
 
-    def begin_step(self, step: int, *, lr: float, communication_bits: int) -> None:
-        """Fix the learning rate and the all-reduce width of ``step``."""
+    def restart_optimizer(self) -> None:
+        """Forget moments and counts of updates, as if the optimizer were new; weights and settings stay."""
+
+    def begin_step(self, step: int, *, lr: float, communication_bits: int, first_phase: bool = False) -> None:
+        """Fix the learning rate, the weight decay of the phase and the all-reduce width of ``step``."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits, float32 [B, num_classes], of images [B, 3, S, S]."""

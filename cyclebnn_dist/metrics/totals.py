@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from cyclebnn_dist.precision.schedule import Widths
+
+COUNTED = ("steps", "real_weight_steps")
 
 
 @dataclass
@@ -17,6 +20,8 @@ class Totals:
     """Images trained on, over all ranks."""
     steps: Counter[Widths] = field(default_factory=Counter)
     """How many steps ran at which widths."""
+    real_weight_steps: Counter[Widths] = field(default_factory=Counter)
+    """Those of them that were of a first phase with real weights."""
     skipped_steps: int = 0
     """Steps whose update was skipped for a non-finite gradient."""
     skipped_in_a_row: int = 0
@@ -37,8 +42,8 @@ class Totals:
     """Best validation accuracy so far, in percent."""
     best_step: int = -1
     """The step it was reached at; -1 before any."""
-    evaluation: dict[str, float] = field(default_factory=dict)
-    """The newest evaluation: top1 and top5 in percent, loss, images, step."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """The newest evaluation: top1 and top5 in percent, loss, images, step; weights, where a run has two phases."""
     worlds: list[dict[str, Any]] = field(default_factory=list)
     """Where the number of ranks changed, see worlds.py."""
 
@@ -46,6 +51,7 @@ class Totals:
         self,
         widths: Widths,
         *,
+        real_weights: bool = False,
         images: int,
         seconds: float,
         data_seconds: float,
@@ -54,6 +60,7 @@ class Totals:
     ) -> None:
         """Count one optimizer step (an attempted one, if ``skipped``)."""
         self.steps[widths] += 1
+        self.real_weight_steps[widths] += int(real_weights)
         self.images += images
         self.train_seconds += seconds
         self.data_seconds += data_seconds
@@ -61,10 +68,12 @@ class Totals:
         self.skipped_steps += int(skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
-    def add_evaluation(self, row: dict[str, float], *, images: int, step: int) -> None:
-        """Keep an evaluation as the newest, and as the best if its top-1 is."""
+    def add_evaluation(
+        self, row: Mapping[str, Any], *, images: int, step: int, competes: bool = True
+    ) -> None:
+        """Keep an evaluation as the newest, and as the best if its top-1 is and it ``competes`` (with binary weights)."""
         self.evaluation = {**row, "images": images, "step": step}
-        if self.best_step < 0 or row["top1"] > self.best_top1:
+        if competes and (self.best_step < 0 or row["top1"] > self.best_top1):
             self.best_top1, self.best_step = row["top1"], step
 
     def bits(self, channel: str) -> tuple[int, float, int]:
@@ -76,14 +85,19 @@ class Totals:
         return min(used, default=0), mean, max(used, default=0)
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {name: value for name, value in vars(self).items() if name != "steps"}
-        steps = [
-            [w.forward_bits, w.backward_bits, w.communication_bits, count] for w, count in self.steps.items()
-        ]
-        return {**plain, "steps": steps}
+        plain = {name: value for name, value in vars(self).items() if name not in COUNTED}
+        return {**plain, **{name: _rows(getattr(self, name)) for name in COUNTED}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            if name != "steps":
-                setattr(self, name, value)
-        self.steps = Counter({Widths(f, b, c): count for f, b, c, count in state["steps"]})
+            setattr(self, name, _counter(value) if name in COUNTED else value)
+
+
+def _rows(steps: Counter[Widths]) -> list[list[int]]:
+    return [
+        [w.forward_bits, w.backward_bits, w.communication_bits, count] for w, count in steps.items() if count
+    ]
+
+
+def _counter(rows: list[list[int]]) -> Counter[Widths]:
+    return Counter({Widths(f, b, c): count for f, b, c, count in rows})

@@ -50,7 +50,9 @@ def mean_training_cost(steps: Mapping[Widths, int]) -> float:
     return sum(training_cost_fraction(widths) * count for widths, count in steps.items()) / total
 
 
-def training_saving(counts: CountedMacs, steps: Mapping[Widths, int]) -> TrainingSaving:
+def training_saving(
+    counts: CountedMacs, steps: Mapping[Widths, int], *, full_steps: int = 0
+) -> TrainingSaving:
     """Training operations saved by the widths that ran, against 32 bits throughout.
 
     CPT's own tables compare to a static schedule at the high width instead: 1 - mean cost / cost(high, backward).
@@ -58,8 +60,11 @@ def training_saving(counts: CountedMacs, steps: Mapping[Widths, int]) -> Trainin
     Args:
         counts: multiply-accumulates of the model by layer kind.
         steps: number of steps at each set of widths.
+        full_steps: further steps that count as if nothing was quantized: those of a first phase with real weights,
+            whatever the width of their inputs.
     """
-    cost = mean_training_cost(steps)
+    unquantized = Widths(FULL_BITS, FULL_BITS, FULL_BITS)
+    cost = mean_training_cost({**steps, unquantized: steps.get(unquantized, 0) + full_steps})
     scheduled, unscheduled = counts.scheduled_macs, counts.unscheduled_macs
     if scheduled == 0:
         return TrainingSaving(binary_layers=0.0, model=0.0)

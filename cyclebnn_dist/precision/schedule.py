@@ -107,10 +107,10 @@ class Schedule:
         """Widths of ``step``, counted from 0; steps beyond the run are at the width it ends with."""
         return Widths(self.forward.at(step), self.backward.at(step), self.communication.at(step))
 
-    def counts(self) -> Counter[Widths]:
-        """How many steps of the run use which widths."""
+    def counts(self, *, begin: int = 0) -> Counter[Widths]:
+        """How many steps of the run, from ``begin`` on, use which widths."""
         channels = (self.forward, self.backward, self.communication)
-        used = Counter(zip(*(channel.first(self.total_steps) for channel in channels), strict=True))
+        used = Counter(zip(*(channel.first(self.total_steps)[begin:] for channel in channels), strict=True))
         return Counter({Widths(*bits): steps for bits, steps in used.items()})
 
     def digest(self) -> int:

@@ -20,6 +20,7 @@ from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import open_source
 from cyclebnn_dist.engine.buckets import Buckets, observe_buckets
 from cyclebnn_dist.models import build_model
+from cyclebnn_dist.phases import build_phases
 from cyclebnn_dist.precision import Schedule, build_schedule, training_saving
 from cyclebnn_dist.world import local_world_size
 
@@ -114,7 +115,8 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     if ranks > 1:
         buckets = observe_buckets(model, recipe, layout, widths=schedule.at(0))
         counters = expected_traffic(schedule, layout, buckets, codec=recipe.comm.codec)
-    saving = training_saving(counts, schedule.counts())
+    phases = build_phases(recipe, total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch)
+    saving = training_saving(counts, schedule.counts(begin=phases.first_steps), full_steps=phases.first_steps)
     channels = {}
     for name in CHANNELS:
         width, channel = getattr(recipe.precision, name), getattr(schedule, name)
@@ -134,6 +136,7 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
         "steps_per_epoch": length.steps_per_epoch,
         "epochs": recipe.train.epochs,
         "steps_known_from": length.source,
+        "first_phase_steps": phases.first_steps,
         "ranks": ranks,
         "comm_mode": recipe.comm.mode,
         "bits": channels,

@@ -19,6 +19,11 @@ def render_preview(schedule: Schedule, described: dict[str, Any]) -> str:
     lines = [
         f"{steps} steps, {described['steps_per_epoch']} an epoch ({described['epochs']:g} epochs; "
         f"{described['steps_known_from']})",
+        *(
+            [f"the first {first} of them with real weights"]
+            if (first := described["first_phase_steps"])
+            else []
+        ),
         "",
     ]
     for name, used in channels.items():
