@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,13 +79,17 @@ def read_pattern(path: Path) -> Pattern:
 
 def write_pattern(pattern: Pattern, path: Path) -> None:
     """Write a pattern; the file is either the old one or the whole new one."""
-    values = {"format": FORMAT, **{name: getattr(pattern, name) for name in pattern.__dataclass_fields__}}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(plain_pattern(pattern), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def plain_pattern(pattern: Pattern) -> dict[str, Any]:
+    """What the file of a pattern holds."""
+    return {"format": FORMAT, **{each.name: getattr(pattern, each.name) for each in fields(pattern)}}
 
 
 def with_pattern(recipe: Recipe) -> Recipe:

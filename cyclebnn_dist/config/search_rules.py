@@ -19,7 +19,9 @@ def check_search(recipe: Recipe) -> None:
     """
     search = recipe.search
     if not 0 < search.budget <= 1:
-        raise RecipeError("search.budget", f"{search.budget:g} is out of range", "it must be above 0, up to 1")
+        raise RecipeError(
+            "search.budget", f"{search.budget:g} is out of range", "it must be above 0, up to 1"
+        )
     for name, least in (
         ("steps", 1),
         ("eval_images", 1),
@@ -50,9 +52,7 @@ def check_searchable(recipe: Recipe) -> None:
     if binary.method == "none":
         raise RecipeError("binary.method", "none leaves nothing to search", "choose a method")
     if binary.layers:
-        raise RecipeError(
-            "binary.layers", "is what a search is to find", "leave it and binary.pattern out"
-        )
+        raise RecipeError("binary.layers", "is what a search is to find", "leave it and binary.pattern out")
     for key, kept in (
         ("binary.keep_stem", binary.keep_stem),
         ("binary.keep_classifier", binary.keep_classifier),
