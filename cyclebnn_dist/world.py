@@ -129,6 +129,8 @@ def alone(world: World) -> World:
 
     Where there are no process groups yet, it makes them.
     """
+    if world.size == 1 and world.control is not None:
+        return world
     single = replace(world, rank=0, size=1, source="alone", hosts=(), store=None)
     if not dist.is_initialized():
         return join_world(single, timeout_seconds=ALONE_SECONDS)
