@@ -43,7 +43,7 @@ class LayerCount:
     output_shape: tuple[int, ...]
     """Of one image, without the batch dimension."""
     magnitudes: int = 0
-    """Operations, not in ``macs``, by which its method scales outputs with magnitudes of the inputs (XNOR-Net)."""
+    """Operations beside ``macs`` by which its method scales outputs with magnitudes of the inputs (XNOR-Net)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,15 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
     finally:
         for handle in handles:
             handle.remove()
+    by_module = counter.get_flop_counts()
+
+    def beside_product(name: str) -> int:
+        """What a layer that scales by its input does beside its product: means over windows are convolutions, too."""
+        if name not in magnitudes:
+            return 0
+        inside = sum(by_module[f"{type(model).__name__}.{name}"].values()) // 2
+        return inside - macs[name] + magnitudes[name]
+
     rows = tuple(
         LayerCount(
             name=name,
@@ -136,7 +145,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
             macs=macs.get(name, 0),
             params=sum(parameter.numel() for parameter in layer.parameters()),
             output_shape=shapes.get(name, ()),
-            magnitudes=magnitudes.get(name, 0),
+            magnitudes=beside_product(name),
         )
         for name, layer in layers.items()
     )

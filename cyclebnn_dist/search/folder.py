@@ -23,7 +23,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -56,10 +56,12 @@ class Folder:
 
     Args:
         worker: its number; workers begin at different files, so that they seldom want the same.
+        leave: called between files and while waiting; it raises what is to end the work.
     """
 
-    def __init__(self, path: Path, *, worker: int = 0) -> None:
-        self.path, self._worker = path, worker
+    def __init__(self, path: Path, *, worker: int = 0, leave: Callable[[], None] = lambda: None) -> None:
+        self.path, self.leave = path, leave
+        self._worker, self._warned = worker, False
 
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's.
@@ -101,6 +103,7 @@ class Folder:
         first = self._worker % max(1, len(names))
         waited = 0.0
         while True:
+            self.leave()
             missing = [name for name in names[first:] + names[:first] if not (self.path / name).exists()]
             told(len(names) - len(missing))
             if not missing:
@@ -121,6 +124,8 @@ class Folder:
                 if target.exists():
                     return True
                 target.parent.mkdir(parents=True, exist_ok=True)
+                for left_behind in target.parent.glob(f".{target.name}.*.partial"):
+                    left_behind.unlink(missing_ok=True)
                 partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
                 try:
                     make(partial)
@@ -136,18 +141,16 @@ class Folder:
         lock = FileLock(self.path / LOCKS / name.replace("/", "."))
         try:
             lock.acquire(timeout=-1 if wait else 0)
-        except NotImplementedError as error:
-            log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
+        except Timeout:
+            raise
+        except (NotImplementedError, OSError) as error:
+            if not self._warned:
+                log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
+            self._warned = True
         try:
             yield
         finally:
             lock.release()
-
-    def clear(self) -> None:
-        """Remove what killed processes left half written; nobody may be at work."""
-        for path in self.path.rglob(".*.partial"):
-            with suppress(OSError):
-                path.unlink()
 
 
 def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -68,7 +68,8 @@ def main(recipe: Recipe, *, preemption: PreemptionFlag, show: Callable[[Pattern]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.run.deterministic)
     try:
-        pattern = preemption.interruptible(lambda: search(recipe, world, worker=worker_number(world)))()
+        leave = partial(leave_if_asked, preemption)
+        pattern = search(recipe, world, worker=worker_number(world), leave=leave)
     except Preempted:
         folder = search_dir(recipe)
         log.warning("stopped; what is finished stays in %s, and the same command goes on from there", folder)
@@ -80,17 +81,26 @@ def main(recipe: Recipe, *, preemption: PreemptionFlag, show: Callable[[Pattern]
     return FINISHED
 
 
+def leave_if_asked(preemption: PreemptionFlag) -> None:
+    """Raise ``Preempted`` if a signal came."""
+    if preemption.requested:
+        raise Preempted
+
+
 def worker_number(world: World) -> int:
     """A number that differs between the processes of a job and between the tasks of a Slurm array."""
     return int(os.environ.get("SLURM_ARRAY_TASK_ID", "0")) * world.size + world.rank
 
 
-def search(recipe: Recipe, world: World, *, worker: int = 0) -> Pattern:
+def search(
+    recipe: Recipe, world: World, *, worker: int = 0, leave: Callable[[], None] = lambda: None
+) -> Pattern:
     """Find the layers, and write them into the search's folder as a pattern and as a picture.
 
     Args:
         world: tells on which device to work; process groups are not used, and made only where there are none.
         worker: a number of this process, another for each that shares the search.
+        leave: called again and again; it raises what is to end the search.
 
     Raises:
         RecipeError: the recipe cannot be searched, the budget is impossible, or the folder is another search's.
@@ -98,7 +108,7 @@ def search(recipe: Recipe, world: World, *, worker: int = 0) -> Pattern:
     check_searchable(recipe)
     costs = count_costs(recipe)
     costs.limit(recipe.search.budget)
-    folder = Folder(search_dir(recipe), worker=worker)
+    folder = Folder(search_dir(recipe), worker=worker, leave=leave)
     folder.claim(recipe)
     progress = SearchProgress(enabled=world.is_main)
     trainings = Trainings(recipe, world, costs=costs, folder=folder, progress=progress)
@@ -110,6 +120,7 @@ def search(recipe: Recipe, world: World, *, worker: int = 0) -> Pattern:
             metric=recipe.search.score,
             random_seed=recipe.search.random_seed,
             measure=trainings.measure,
+            chose=progress.chose,
         )
     finally:
         trainings.close()
@@ -179,7 +190,12 @@ class Trainings:
             images = open_source(recipe.data, "train", num_classes=recipe.model.num_classes)
             train, score = hold_out(images, recipe.search)
             self._training = ShortTraining(
-                recipe, alone(self._world), candidates=self._costs.names, train=train, score=score
+                recipe,
+                alone(self._world),
+                candidates=self._costs.names,
+                train=train,
+                score=score,
+                leave=self._folder.leave,
             )
         return self._training
 

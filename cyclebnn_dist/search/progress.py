@@ -8,7 +8,7 @@ import sys
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cyclebnn_dist.search.selection import Outcome
+from cyclebnn_dist.search.selection import Round
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,17 @@ class SearchProgress:
             log.info("%s: %d of %d trained", self._what, done, self._total)
         self._done = done
 
-    def chose(self, layer: str, *, to: str, outcome: Outcome, unchanged: Outcome, share: float) -> None:
-        """A round ends with this choice."""
+    def chose(self, choice: Round) -> None:
+        """A round ends."""
         if self._enabled:
             log.info(
-                "%s becomes %s: top-1 %.2f %% (%+.2f), cost %.4f of the real network's",
-                layer,
-                to,
-                outcome.accuracy,
-                outcome.accuracy - unchanged.accuracy,
-                share,
+                "round %d: %s becomes %s, top-1 %.2f %% (%+.2f), cost %.4f of the real network's",
+                choice.number,
+                choice.layer,
+                choice.to,
+                choice.outcome.accuracy,
+                choice.outcome.accuracy - choice.unchanged.accuracy,
+                choice.share,
             )
 
     def close(self) -> None:

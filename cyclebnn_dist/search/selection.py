@@ -51,9 +51,19 @@ other kind: all trained alike, from the weights of that round."""
 
 
 def select(
-    costs: Costs, *, budget: float, strategy: Strategy, metric: Metric, random_seed: int, measure: Measure
+    costs: Costs,
+    *,
+    budget: float,
+    strategy: Strategy,
+    metric: Metric,
+    random_seed: int,
+    measure: Measure,
+    chose: Callable[[Round], None] = lambda choice: None,
 ) -> tuple[frozenset[str], list[Round]]:
     """The layers to make binary, and the choices that led there; the network with them costs no more than ``budget``.
+
+    Args:
+        chose: told of every round when it ends.
 
     Raises:
         RecipeError: no choice costs so little.
@@ -67,11 +77,13 @@ def select(
     while costs.spent(binary) > limit:
         candidates = [name for name in costs.names if name not in binary]
         binary = _choose(costs, binary, candidates, rounds, measure, metric=metric, plain=plain)
+        chose(rounds[-1])
     # The last layer of shrinking may have saved more than was wanted.
     while candidates := [
         name for name in costs.names if name in binary and _fits(costs, binary, name, limit)
     ]:
         binary = _choose(costs, binary, candidates, rounds, measure, metric=metric, plain=plain)
+        chose(rounds[-1])
     return binary, rounds
 
 

@@ -6,7 +6,7 @@ as constant widths; not its averaged weights, further losses, synchronized stati
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from cyclebnn_dist.assembly import place_model
 from cyclebnn_dist.binary import parameter_kinds, scheduled_precision, set_progress, set_widths
 from cyclebnn_dist.config import Recipe
-from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader
+from cyclebnn_dist.data import Batch, EvalLoader, Mixing, Source, TrainLoader
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.evaluate import evaluate
 from cyclebnn_dist.models import build_model
@@ -36,12 +36,21 @@ class ShortTraining:
     Args:
         world: of this process alone (see ``world.alone``).
         train, score: images to train with and to score with.
+        leave: called before every step and every batch that is scored; it raises what is to end the work.
     """
 
     def __init__(
-        self, recipe: Recipe, world: World, *, candidates: tuple[str, ...], train: Source, score: Source
+        self,
+        recipe: Recipe,
+        world: World,
+        *,
+        candidates: tuple[str, ...],
+        train: Source,
+        score: Source,
+        leave: Callable[[], None] = lambda: None,
     ) -> None:
         assert world.size == 1
+        self._leave = leave
         self._recipe, self._world, self._candidates = recipe, world, candidates
         self._batch_size = recipe.search.batch_size
         place = {"rank": 0, "world_size": 1, "device": world.device}
@@ -97,6 +106,7 @@ class ShortTraining:
         self._train.seek(first_batch)
         model.train()
         for step in range(steps):
+            self._leave()
             set_learning_rate(optimizer, learning_rate(step, optim, total_steps=steps, steps_per_epoch=steps))
             set_progress(model, step / steps)
             set_widths(
@@ -125,12 +135,17 @@ class ShortTraining:
         precision = scheduled_precision(self._recipe.precision, model)
         found = evaluate(
             model,
-            self._score,
+            self._batches(),
             world=self._world,
             forward_bits=self._recipe.eval.forward_bits or precision.forward.high,
             amp=self._recipe.train.amp,
         )
         return Outcome(accuracy=found.top1, loss=found.loss)
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self._score:
+            self._leave()
+            yield batch
 
     def close(self) -> None:
         """Stop DALI's threads and free its buffers."""
