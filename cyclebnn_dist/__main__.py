@@ -14,6 +14,7 @@ from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.data.commands import add_data_commands
 from cyclebnn_dist.exit_status import FAILED, INTERRUPTED, REFUSED
 from cyclebnn_dist.preempt import listening
+from cyclebnn_dist.search.commands import add_search_commands
 
 CONVENTION_NAMES = ("bireal", "elementwise", "bnext", "fvbitcore")
 OVERRIDES = "recipe keys to change, e.g. optim.lr=3e-4 precision.communication.low=2"
@@ -176,6 +177,14 @@ def build_parser() -> argparse.ArgumentParser:
         "  cyclebnn config\n  cyclebnn config --markdown",
     )
     config.add_argument("--markdown", action="store_true", help="print Markdown tables")
+
+    search = command(
+        "search",
+        lambda options: options.run_search(options),
+        "choose which layers of a recipe's model stay real within a budget of operations",
+        "  cyclebnn search mixbin recipes/quickstart.yaml search.budget=0.25",
+    )
+    add_search_commands(search)
 
     bench = command(
         "bench",

@@ -28,6 +28,8 @@ usual time between SIGTERM and SIGKILL (KillWait) is 30 s."""
 REQUEUE_SECONDS = 10.0
 """How much longer ranks other than 0 stay, because their end may end rank 0 while it puts the job back into the queue."""
 
+AT_START = "before the first step: leaving, there is nothing new to save"
+
 INTERRUPT_SECONDS = 5.0
 """How long a process may take to end after the second Ctrl-C."""
 
@@ -49,7 +51,12 @@ class PreemptionFlag:
         of_others: signals that other ranks have told of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_start: str = AT_START) -> None:
+        """
+        Args:
+            at_start: what follows a signal that comes before the first step, in words.
+        """
+        self._at_start = at_start
         self.received: list[signal.Signals] = []
         self.of_others: frozenset[signal.Signals] = frozenset()
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -169,7 +176,7 @@ class PreemptionFlag:
         if len(heard) > 1:
             return f"{name} received, too: stopping already"
         if not self._begun.is_set():
-            return f"{name} received before the first step: leaving, there is nothing new to save"
+            return f"{name} received {self._at_start}"
         return f"{name} received: a checkpoint follows at the end of this step, or of this batch of an evaluation"
 
     def _leave_start(self, heard: list[signal.Signals]) -> None:
@@ -200,12 +207,12 @@ def _status(signals: Iterable[signal.Signals]) -> int:
 
 
 @contextmanager
-def listening(flag: PreemptionFlag | None = None) -> Iterator[PreemptionFlag]:
+def listening(flag: PreemptionFlag | None = None, *, at_start: str = AT_START) -> Iterator[PreemptionFlag]:
     """A flag that listens: the one given, or else one of its own, which stops listening at the end."""
     if flag is not None:
         yield flag
         return
-    flag = PreemptionFlag().install()
+    flag = PreemptionFlag(at_start=at_start).install()
     try:
         yield flag
     finally:

@@ -22,6 +22,9 @@ from cyclebnn_dist.config import RecipeError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+ALONE_SECONDS = 60.0
+"""What collectives of a single process may take."""
+
 STRAGGLER_SECONDS = 2.0
 """How long ranks that have found a difference wait for others to come and hear of it."""
 
@@ -119,6 +122,20 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
         )
     world = replace(world, control=dist.new_group(backend="gloo", timeout=timeout), store=store)
     return replace(world, hosts=tuple(gather_objects(world, socket.gethostname())))
+
+
+def alone(world: World) -> World:
+    """This process as a world of one on its device, for work that it does by itself. No other rank needs to call this.
+
+    Where there are no process groups yet, it makes them.
+    """
+    if world.size == 1 and world.control is not None:
+        return world
+    single = replace(world, rank=0, size=1, source="alone", hosts=(), store=None)
+    if not dist.is_initialized():
+        return join_world(single, timeout_seconds=ALONE_SECONDS)
+    control = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+    return replace(single, control=control)
 
 
 def open_store(world: World, *, timeout: timedelta) -> dist.Store:

@@ -141,6 +141,38 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
     convergence.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it, too")
     convergence.add_argument("--json", action="store_true", help="print one JSON object")
 
+    mixbin = commands.add_parser(
+        "mixbin",
+        help="accuracy at equal cost of the layers that the search chooses, and of other choices, paired by seed",
+        description="Search the layers of a small network that stay real within a budget, from many seeds, by the search and "
+        "by its baselines (random layers, the first, the last, one round of scores, plain accuracy); train each network "
+        "from the start in the same way, on generated images: accuracy on images that no search has seen, differences to "
+        "the search with 95 % t intervals, and whether it beats random layers.",
+        epilog="examples:\n  cyclebnn bench mixbin --out mixbin_bench\n"
+        "  cyclebnn bench mixbin --seeds 10 --budget 0.5 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    mixbin.set_defaults(run_bench=_bench_mixbin)
+    mixbin.add_argument("--workers", type=int, default=2, help="processes to share the work (default: 2)")
+    mixbin.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default: 5)")
+    mixbin.add_argument(
+        "--budget", type=float, default=0.6, help="of the real network's operations (default: 0.6)"
+    )
+    mixbin.add_argument(
+        "--steps", type=int, default=400, help="steps that train a chosen network (default: 400)"
+    )
+    mixbin.add_argument(
+        "--candidate-steps", type=int, default=40, help="steps that train a candidate (default: 40)"
+    )
+    mixbin.add_argument("--random", type=int, default=3, help="random choices of a seed (default: 3)")
+    mixbin.add_argument(
+        "--seconds", type=float, default=3600.0, help="begin no seed after so long (default: 3600)"
+    )
+    mixbin.add_argument(
+        "--out", type=Path, metavar="DIR", help="keep all that is finished here; the same line then goes on"
+    )
+    mixbin.add_argument("--json", action="store_true", help="print one JSON object")
+
 
 def _bench_layers(options: argparse.Namespace) -> int:
     from cyclebnn_dist.bench.layers import bench_layers, render
@@ -218,3 +250,21 @@ def _bench_convergence(options: argparse.Namespace) -> int:
     if options.plot:
         plot_convergence(result, options.plot)
     return 128 + signal.SIGINT if result["stopped"] == "interrupt" else 0
+
+
+def _bench_mixbin(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.bench.mixbin import bench_mixbin
+    from cyclebnn_dist.bench.mixbin_text import render_mixbin
+
+    result = bench_mixbin(
+        workers=options.workers,
+        seeds=options.seeds,
+        budget=options.budget,
+        steps=options.steps,
+        candidate_steps=options.candidate_steps,
+        random_choices=options.random,
+        seconds=options.seconds,
+        out=options.out,
+    )
+    print(json.dumps(result) if options.json else render_mixbin(result))
+    return 0

@@ -38,6 +38,11 @@ def read_settings(benchmark: str, line: str) -> Callable[[World], dict[str, Any]
 
         runs = convergence_rounds.Settings(**values)
         return lambda world: convergence_rounds.measure_runs(world, runs)
+    if benchmark == "mixbin":
+        from cyclebnn_dist.bench import mixbin_runs
+
+        networks = mixbin_runs.Settings(**values)
+        return lambda world: mixbin_runs.measure_choices(world, networks)
     from cyclebnn_dist.bench import comm_rounds
 
     assert benchmark == comm_rounds.Settings.benchmark, benchmark

@@ -46,6 +46,8 @@ class LayerCount:
     """Weight and bias, and what its binarization method adds."""
     output_shape: tuple[int, ...]
     """Of one image, without the batch dimension."""
+    magnitudes: int = 0
+    """Operations beside ``macs`` by which its method scales outputs with magnitudes of the inputs (XNOR-Net)."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,15 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
         if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
     }
     handles = []
-    magnitudes = 0
+    magnitudes: dict[str, int] = {}
     for name, layer in layers.items():
 
         def measure(layer: nn.Module, inputs: Any, output: torch.Tensor, name: str = name) -> None:
-            nonlocal magnitudes
             transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
             elements = inputs[0].numel() if transposed else output.numel()
             macs[name] = macs.get(name, 0) + elements * _macs_per_element(layer)
             if _scales_by_input(layer):
-                magnitudes += inputs[0].numel() + output.numel()
+                magnitudes[name] = magnitudes.get(name, 0) + inputs[0].numel() + output.numel()
             shapes[name] = tuple(output.shape[1:])
 
         handles.append(layer.register_forward_hook(measure))
@@ -136,6 +137,15 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
     finally:
         for handle in handles:
             handle.remove()
+    by_module = counter.get_flop_counts()
+
+    def beside_product(name: str) -> int:
+        """What a layer that scales by its input does beside its product: means over windows are convolutions, too."""
+        if name not in magnitudes:
+            return 0
+        inside = sum(by_module[f"{type(model).__name__}.{name}"].values()) // 2
+        return inside - macs[name] + magnitudes[name]
+
     rows = tuple(
         LayerCount(
             name=name,
@@ -145,6 +155,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
             macs=macs.get(name, 0),
             params=sum(parameter.numel() for parameter in layer.parameters()),
             output_shape=shapes.get(name, ()),
+            magnitudes=beside_product(name),
         )
         for name, layer in layers.items()
     )
@@ -155,7 +166,7 @@ def count(model: nn.Module, *, input_size: tuple[int, int, int], convention: str
     numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Counts(
         bops=bops,
-        flops=counter.get_total_flops() // 2 - bops + magnitudes,
+        flops=counter.get_total_flops() // 2 - bops + sum(magnitudes.values()),
         params=sum(numels.values()),
         binary_params=sum(numel for name, numel in numels.items() if kinds[name] == "binary"),
         scheduled_macs=sum(row.macs for row in rows if row.scheduled),

@@ -119,7 +119,7 @@ def reason_to_stay(
     for pattern in rules.exclude:
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern}"
-    return ""
+    return "real by pattern" if rules.layers.get(name) == "real" else ""
 
 
 def method_of(name: str, rules: BinaryConfig) -> str:
@@ -136,6 +136,16 @@ def check_patterns(rules: BinaryConfig, names: Sequence[str]) -> None:
     Raises:
         RecipeError: naming the pattern and the nearest layer names.
     """
+    assert not rules.pattern, "a recipe's binary.pattern is read into binary.layers when it is loaded"
+    strangers = [name for name in rules.layers if name not in names]
+    if strangers:
+        more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+        near = nearest_patterns(strangers[0], names)
+        raise RecipeError(
+            "binary.pattern",
+            f"names layers this model lacks: {', '.join(strangers[:4])}{more}",
+            f"it was made for another model; near {strangers[0]}: {', '.join(near)}",
+        )
     given = (("include", rules.include), ("exclude", rules.exclude), ("methods", tuple(rules.methods)))
     for key, patterns in given:
         for pattern in patterns:
@@ -146,6 +156,25 @@ def check_patterns(rules: BinaryConfig, names: Sequence[str]) -> None:
                     f"'{pattern}' matches no layer of this model",
                     f"near it: {', '.join(near)}",
                 )
+
+
+def check_layers(rules: BinaryConfig, reasons: Mapping[str, str]) -> None:
+    """Refuse a layer that ``rules.layers`` wants binary and another rule keeps real: the model would cost more than thought.
+
+    Args:
+        reasons: why each layer of the model stays real, empty where it does not.
+
+    Raises:
+        RecipeError: naming the layers and the rule.
+    """
+    kept = [name for name, fate in rules.layers.items() if fate == "binary" and reasons[name]]
+    if kept:
+        more = f" and {len(kept) - 4} more" if len(kept) > 4 else ""
+        raise RecipeError(
+            "binary.pattern",
+            f"wants {', '.join(kept[:4])}{more} binary, but it stays real here: {reasons[kept[0]]}",
+            "change the rule that keeps it, or search anew with this recipe",
+        )
 
 
 def nearest_patterns(pattern: str, names: Iterable[str]) -> list[str]:

@@ -21,6 +21,7 @@ from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryConv2dSame, BinaryLi
 from cyclebnn_dist.binary.parameters import binary_modules
 from cyclebnn_dist.binary.rebuild import keep_less_
 from cyclebnn_dist.binary.rules import (
+    check_layers,
     check_patterns,
     classifier_names,
     edge_names,
@@ -105,7 +106,8 @@ class SwapReport:
 def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, int, int]) -> SwapReport:
     """Swap the layers of ``model`` for binary ones, in place, and prove by one forward pass that all of them run.
 
-    Parameters stay the same objects under the same names; binary layers add those of their method under
+    Where ``rules.layers`` keep all layers real, the rest is done all the same: networks that differ in it alone have the same
+    activations. Parameters stay the same objects under the same names; binary layers add those of their method under
     ``<layer>.binarizer``. Activations that are never negative are replaced by ``rules.activation`` in the whole model,
     whatever ``include`` and ``exclude`` say, because a sign may come anywhere behind them; only those inside gates
     that stay real are kept. With ``rules.edge_bits`` 8, stem, classifier and gates that stay real have operands of 8 bits. Method ``none``, with no other by ``rules.methods``, changes nothing.
@@ -126,10 +128,11 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
         reason = reason_to_stay(name, layer, rules=rules, modules=modules, stem=stem, classifier=classifier)
         method = "" if reason else method_of(name, rules)
         rows.append(SwapRow(name, _kind(layer), tuple(layer.weight.shape), not reason, reason, method))
+    check_layers(rules, {row.name: row.reason for row in rows})
     if rules.method == "none" and not any(row.swapped for row in rows):
         return SwapReport(method="none", rows=tuple(rows))
     to_swap = {row.name: row.method for row in rows if row.swapped}
-    if not to_swap:
+    if not to_swap and not rules.layers:
         raise RecipeError(
             "binary.include",
             "leaves no layer of this model to swap",

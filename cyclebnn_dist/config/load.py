@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.pattern import with_pattern
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.config.validate import MAY_CHANGE, validate
 
@@ -35,10 +36,13 @@ T = TypeVar("T")
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, merge it over its base and the defaults, apply ``key=value`` overrides, and validate it.
 
+    What the file ``binary.pattern`` says is in ``binary.layers`` of the result, whose ``binary.pattern`` is empty: it and
+    all that is made of it (saved recipes, checkpoints) stand without the file.
+
     Raises:
         RecipeError: a file that cannot be read, an unknown key, a wrong type, a value out of range, an impossible combination.
     """
-    return load_settings(Recipe, path, overrides=overrides, check=validate)
+    return with_pattern(load_settings(Recipe, path, overrides=overrides, check=validate))
 
 
 def load_settings(

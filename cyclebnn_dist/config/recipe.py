@@ -118,6 +118,11 @@ class BinaryConfig:
     """Glob patterns of qualified layer names that may be swapped."""
     exclude: tuple[str, ...] = ()
     """Glob patterns of qualified layer names that stay real-valued."""
+    pattern: str = ""
+    """JSON file that says which layers are binary and which stay real, as `cyclebnn search mixbin` writes it. It is read
+    when a recipe is loaded, and what it says goes into layers."""
+    layers: dict[str, Literal["real", "binary"]] = field(default_factory=dict)
+    """What becomes of layers of these full names: usually what pattern said; the rules above decide about others."""
 
 
 @dataclass(frozen=True)
@@ -383,6 +388,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """Which layers are to stay real within a budget; read by `cyclebnn search` alone."""
+
+    dir: str = ""
+    """Folder of the search: scores, weights, pattern.json, pattern.png; empty: run.dir with -mixbin behind it."""
+    budget: float = 0.25
+    """Most that the network may cost: operations, of 64 binary ones each counts as one, over those of the real network."""
+    strategy: Literal["grow", "shrink", "iterative", "sensitivity", "random", "first", "last"] = "grow"
+    """grow: from all binary, make layers real while the budget allows; shrink: from all real, make layers binary until it
+    allows. Others are baselines: shrink by plain accuracy; one round of scores; any, the first or the last layers real."""
+    score: Literal["accuracy", "loss"] = "accuracy"
+    """What a candidate's change per cost is measured in, on images held out of the training set; the other breaks ties."""
+    pretrain_steps: int = 1000
+    """Steps that train the network the search starts from; 0: it starts from model.weights or model.pretrained as they are."""
+    steps: int = 100
+    """Steps that train a candidate, before it is scored."""
+    finetune_steps: int = 100
+    """Steps that train the network with each chosen layer, before the next ones are tried."""
+    batch_size: int = 128
+    """Images of a step: a candidate is trained by one rank alone."""
+    peak_lr: float = 0.0
+    """Highest learning rate of each of these trainings, which warm up and fall to 0 along a cosine; 0 means optim.lr."""
+    eval_images: int = 2000
+    """Training images that are held out to score candidates with; the validation images are not looked at."""
+    random_seed: int = 0
+    """Which layers strategy random takes; all else follows run.seed."""
+
+
+@dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases, written by rank 0."""
 
@@ -415,4 +449,5 @@ class Recipe:
     comm: CommConfig = field(default_factory=CommConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from cyclebnn_dist.config import schema
@@ -12,8 +12,9 @@ from cyclebnn_dist.config.engine_rules import check_engine
 from cyclebnn_dist.config.errors import RecipeError
 from cyclebnn_dist.config.phase_rules import check_first_phase
 from cyclebnn_dist.config.recipe import Recipe, WidthConfig
+from cyclebnn_dist.config.search_rules import SEARCH_KEYS, check_search
 
-MAY_CHANGE = frozenset(
+MAY_CHANGE = SEARCH_KEYS | frozenset(
     {
         "run.dir",
         "run.log_every",
@@ -51,8 +52,9 @@ MAY_CHANGE = frozenset(
 )
 """Keys that may differ between two starts of one run.
 
-Paths, threads, logging, saving and evaluation do not touch training. Starting weights (model.pretrained, model.weights) are
-read at the first start only; files of teachers may lie elsewhere, and a warning tells if they hold other weights. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
+Paths, threads, logging, saving, evaluation and what a search reads do not touch training. Starting weights (model.pretrained,
+model.weights) are read at the first start only; files of teachers may lie elsewhere, and a warning tells if they hold other
+weights. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
 run then goes on from the same weights, but batch statistics are taken over other micro-batches.
 """
 
@@ -92,13 +94,20 @@ def validate(recipe: Recipe) -> None:
         check_engine,
         check_edges,
         check_distill,
+        check_search,
         _check_model,
     ):
         check(recipe)
 
 
-def resume_differences(saved: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+def resume_differences(
+    saved: Recipe, new: Recipe, *, may_change: Collection[str] = MAY_CHANGE, folder: str = ""
+) -> dict[str, tuple[Any, Any]]:
     """Compare the recipe a run was started with to the one it is started with now.
+
+    Args:
+        may_change: keys that may differ.
+        folder: key and value to name in the cure, where it is not run.dir.
 
     Returns:
         Changed keys that may change (MAY_CHANGE, and more train.epochs under run.extend_epochs), each with (saved, new) value.
@@ -108,12 +117,12 @@ def resume_differences(saved: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]
     """
     old_values, new_values = flatten(saved), flatten(new)
     changed = {key: (old, new_values[key]) for key, old in old_values.items() if old != new_values[key]}
-    refused = [key for key in changed if key not in MAY_CHANGE]
+    refused = [key for key in changed if key not in may_change]
     if new.run.extend_epochs and new.train.epochs > saved.train.epochs:
         refused = [key for key in refused if key != "train.epochs"]
     if refused:
         first, *others = (f"{key}: {_show(changed[key][0])} -> {_show(changed[key][1])}" for key in refused)
-        cure = f"put back what was there, or start afresh with another run.dir (now {new.run.dir})"
+        cure = f"put back what was there, or start afresh with another {folder or f'run.dir (now {new.run.dir})'}"
         if "train.epochs" in refused:
             cure += "\n  run.extend_epochs=true allows more train.epochs; that changes every schedule from here on"
         problem = first.partition(": ")[2] + "".join(f"\n{other}" for other in others)

@@ -1,0 +1,183 @@
+"""The search folder: what is finished, and who is at work on what. Processes share it; none waits for another's message.
+
+    search_dir/
+      recipe.yaml                    the resolved recipe; what makes the folder a search's
+      round_001/
+        weights.safetensors          the network of this round, trained
+        unchanged.json               what it reaches after a candidate's training
+        layer1.0.conv1.json          what it reaches with this layer changed
+      pattern.json  pattern.png      the result
+      .locks/                        held by the process that makes the file of that name
+
+A file has its name only when it is whole. Whoever finds one missing makes it, under its lock, which the operating system
+takes from a process that dies. So ranks of a job, tasks of an array and later starts share the work in the same way, and a
+finished file is never made again. On a file system without locks two processes may make the same file, which costs time
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from cyclebnn_dist.config import SAVED_NAME, Recipe, RecipeError, load_saved, resume_differences, save_recipe
+from cyclebnn_dist.config.search_rules import SEARCH_KEYS
+from cyclebnn_dist.config.validate import MAY_CHANGE
+from cyclebnn_dist.search.selection import Outcome
+
+log = logging.getLogger(__name__)
+
+PATTERN, PICTURE = "pattern.json", "pattern.png"
+LOCKS = ".locks"
+POLL_SECONDS = 0.2
+TELL_SECONDS = 60.0
+SEARCH_MAY_CHANGE = (MAY_CHANGE - SEARCH_KEYS - {"model.pretrained", "model.weights"}) | {"search.dir"}
+"""Keys that may differ between two starts of one search."""
+
+
+def search_dir(recipe: Recipe) -> Path:
+    """``search.dir``, or the run's folder with ``-mixbin`` behind its name."""
+    run_dir = Path(recipe.run.dir)
+    return Path(recipe.search.dir) if recipe.search.dir else run_dir.with_name(f"{run_dir.name}-mixbin")
+
+
+class Folder:
+    """One search's files, as one of ``workers`` processes sees them.
+
+    Args:
+        worker: its number; workers begin at different files, so that they seldom want the same.
+        leave: called between files and while waiting; it raises what is to end the work.
+    """
+
+    def __init__(self, path: Path, *, worker: int = 0, leave: Callable[[], None] = lambda: None) -> None:
+        self.path, self.leave = path, leave
+        self._worker, self._warned = worker, False
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the folder this recipe's.
+
+        Raises:
+            RecipeError: it is another search's, or holds something else, or cannot be written.
+        """
+        saved = self.path / SAVED_NAME
+        try:
+            if (
+                not saved.exists()
+                and self.path.exists()
+                and any(p.name != LOCKS for p in self.path.iterdir())
+            ):
+                raise RecipeError(
+                    "search.dir",
+                    f"{self.path} holds something, but no {SAVED_NAME}: it is not the folder of a search",
+                    "name a new or empty folder",
+                )
+            (self.path / LOCKS).mkdir(parents=True, exist_ok=True)
+            with self._lock(SAVED_NAME, wait=True):
+                if not saved.exists():
+                    save_recipe(recipe, saved)
+        except OSError as error:
+            raise RecipeError(
+                "search.dir", f"cannot write {self.path}: {error.strerror}", "name another folder"
+            ) from error
+        place = f"search.dir (now {self.path})"
+        resume_differences(load_saved(saved), recipe, may_change=SEARCH_MAY_CHANGE, folder=place)
+
+    def make_all(self, makers: Mapping[str, Callable[[Path], None]], *, told: Callable[[int], None]) -> None:
+        """Have every one of these files: make those nobody makes, and wait for those that others make.
+
+        Args:
+            makers: by name below the folder, what makes each: it writes the path it is given.
+            told: called with the number of files there are, whenever that may have changed.
+        """
+        names = list(makers)
+        first = self._worker % max(1, len(names))
+        waited = 0.0
+        while True:
+            self.leave()
+            missing = [name for name in names[first:] + names[:first] if not (self.path / name).exists()]
+            told(len(names) - len(missing))
+            if not missing:
+                return
+            if any(self._make(name, makers[name]) for name in missing):
+                waited = 0.0
+                continue
+            time.sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
+            if waited % TELL_SECONDS < POLL_SECONDS:
+                log.info("waiting for others, who are making %s", ", ".join(missing))
+
+    def _make(self, name: str, make: Callable[[Path], None]) -> bool:
+        """Make a file, unless someone else makes it or has made it; whether this process did."""
+        target = self.path / name
+        try:
+            with self._lock(name):
+                if target.exists():
+                    return True
+                target.parent.mkdir(parents=True, exist_ok=True)
+                for left_behind in target.parent.glob(f".{target.name}.*.partial"):
+                    left_behind.unlink(missing_ok=True)
+                partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+                try:
+                    make(partial)
+                    os.replace(partial, target)
+                finally:
+                    partial.unlink(missing_ok=True)
+                return True
+        except Timeout:
+            return False
+
+    @contextmanager
+    def _lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        lock = FileLock(self.path / LOCKS / name.replace("/", "."))
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise
+        except (NotImplementedError, OSError) as error:
+            if not self._warned:
+                log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
+            self._warned = True
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a state dict as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, str(path))
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """What ``write_weights`` wrote."""
+    return load_file(str(path))
+
+
+def write_outcome(outcome: Outcome, path: Path) -> None:
+    """Write an outcome as JSON; a loss that is not finite becomes null."""
+    loss = outcome.loss if math.isfinite(outcome.loss) else None
+    path.write_text(json.dumps({"accuracy": outcome.accuracy, "loss": loss}) + "\n")
+
+
+def read_outcome(path: Path) -> Outcome:
+    """What ``write_outcome`` wrote.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    try:
+        values = json.loads(path.read_text())
+        loss = values["loss"]
+        return Outcome(accuracy=float(values["accuracy"]), loss=math.inf if loss is None else float(loss))
+    except (ValueError, KeyError, TypeError):
+        raise RecipeError(str(path), "is damaged", "delete it: it is then made again") from None
