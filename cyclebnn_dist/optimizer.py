@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,11 +16,16 @@ from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import OptimConfig
 from cyclebnn_dist.timm_import import timm
 
+FUSED = ("sgd", "adam", "adamw")
+"""Optimizers that torch can run as one kernel over all parameters, with nothing to compile."""
+
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, kinds: Mapping[str, ParameterKind]
 ) -> torch.optim.Optimizer:
     """An optimizer with a group each for latent binary weights, real weights, the rest, and what has a decay of its own.
+
+    On GPUs it is torch's fused one, where there is one: an update is then one kernel, and state is the same as elsewhere.
 
     Args:
         kinds: kind of every parameter by qualified name, as ``binary.parameter_kinds`` gives it.
@@ -57,7 +62,14 @@ def build_optimizer(
         options["momentum"] = config.momentum
     else:
         options["betas"] = tuple(config.betas)
+    if runs_fused(config.name, trained.values()):
+        options["fused"] = True
     return timm.optim.create_optimizer_v2(groups, opt=config.name, lr=config.lr, **options)
+
+
+def runs_fused(name: str, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether an optimizer of these parameters is to be torch's fused one."""
+    return name in FUSED and all(parameter.is_cuda for parameter in parameters)
 
 
 def _decay_of(name: str, config: OptimConfig, *, usual: float) -> float:

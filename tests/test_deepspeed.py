@@ -38,6 +38,7 @@ def build(
     feedback=False,
     bucket_mb=0.01,
     memory_format=torch.contiguous_format,
+    settings=None,
 ):
     """Engine and reducer of a small net; ``stage`` None is DDP."""
     torch.manual_seed(0)
@@ -63,7 +64,9 @@ def build(
             model, made, reducer, config=EngineConfig(bucket_mb=bucket_mb), amp=amp, device=world.device
         )
     else:
-        config = EngineConfig(name="deepspeed", zero_stage=stage, bucket_mb=bucket_mb)
+        config = EngineConfig(
+            name="deepspeed", zero_stage=stage, bucket_mb=bucket_mb, deepspeed=settings or {}
+        )
         engine = DeepSpeedEngine(model, made, reducer, config=config, amp=amp, world=world)
     return engine, reducer
 
@@ -103,6 +106,7 @@ WAYS = {
     "cyclic, clipped, feedback": ({"feedback": True}, {"clip": 0.5}),
     "accumulating, clipped": ({"feedback": True}, {"accumulation": 3, "clip": 0.5}),
     "bf16": ({"amp": "bf16"}, {}),
+    "bf16, accumulating": ({"amp": "bf16"}, {"accumulation": 3, "bits": [32]}),
     "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
     "one bucket": ({"bucket_mb": 25.0}, {}),
 }
@@ -381,7 +385,6 @@ def test_another_number_of_ranks_goes_on_under_zero(ranks, recipe_file):
         (under(3), "engine.zero_stage", "whole weights"),
         ([*under(1), "optim.name=lamb"], "optim.name", "whole parameter"),
         ([*under(2), "model.channels_last=true"], "model.channels_last", "flat tensor"),
-        ([*under(0), "train.amp=fp16"], "train.amp", "not been tried"),
         ([*under(0), "model.compile=true"], "model.compile", "DeepSpeed"),
         ([*under(0), "engine.find_unused_parameters=true"], "engine.find_unused_parameters", "DeepSpeed"),
     ],

@@ -36,6 +36,7 @@ MAY_CHANGE = frozenset(
         "engine.name",
         "engine.zero_stage",
         "engine.bucket_mb",
+        "engine.deepspeed",
         "eval.every_epochs",
         "eval.batch_size",
         "wandb.mode",
