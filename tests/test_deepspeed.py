@@ -1,6 +1,8 @@
 """In live ranks. Without these a run could train otherwise under DeepSpeed than under DDP, or not go on from it."""
 
 import copy
+import logging
+import logging.handlers
 import math
 import signal
 from contextlib import nullcontext
@@ -360,12 +362,31 @@ def test_a_run_is_the_same_as_under_ddp_also_when_it_is_stopped_on_the_way(ranks
         assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 
 
-def test_a_run_changes_engine_and_number_of_ranks_between_lives(ranks, recipe_file):
+def run_noting_warnings(rank, size, path, overrides, stop_after):
+    """Exit status, and what is warned of when the checkpoint is read."""
+    notes = logging.handlers.BufferingHandler(capacity=100)
+    logger = logging.getLogger("cyclebnn_dist.resume")
+    logger.addHandler(notes)
+    try:
+        status = run(rank, size, path, overrides, stop_after)
+    finally:
+        logger.removeHandler(notes)
+    return status, " ".join(record.getMessage() for record in notes.buffer)
+
+
+def test_a_run_changes_engine_between_lives_and_says_so(ranks, recipe_file):
+    """In one run folder, as a user does it: the same command with another engine.name or engine.zero_stage."""
     ddp, changing = recipe_file.parent / "ddp", recipe_file.parent / "run"
     assert ranks(2, run, recipe_file, [f"run.dir={ddp}"]) == [0, 0]
+    names = {None: "DDP", **{stage: f"DeepSpeed at stage {stage}" for stage in STAGES}}
+    before = None
     for stage, stop_after in [(2, 2), (0, 2), (1, 2), (None, None)]:
-        status = ranks(2, run, recipe_file, under(stage), stop_after)
-        assert status == [train_module.FINISHED if stage is None else train_module.PREEMPTED] * 2
+        results = ranks(2, run_noting_warnings, recipe_file, under(stage), stop_after)
+        for rank, (status, warned) in enumerate(results):
+            assert status == (train_module.FINISHED if stage is None else train_module.PREEMPTED)
+            told = rank == 0 and before not in (None, stage)
+            assert (f"written under {names[before]}, this run goes on under {names[stage]}" in warned) == told
+        before = stage
     expected, found = checkpoint(ddp, "model", "ema"), checkpoint(changing, "model", "ema")
     for name in expected:
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
