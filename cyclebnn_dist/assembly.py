@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cyclebnn_dist.comm import Reducer, build_reducer
 from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
 from cyclebnn_dist.comm.verdict import Verdict, measure_and_judge, settle
 from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
-from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.config.recipe import EngineConfig, Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
 from cyclebnn_dist.losses import Objective, build_objective
@@ -99,7 +100,7 @@ def assemble(
             "schedule": wished.digest(),
             "parameter layout": reducer.layout_digest,
             "codec": reducer.codec_digest,
-            "backend": f"{reducer.backend}, {recipe.engine.name} of stage {recipe.engine.zero_stage}",
+            "backend": f"{reducer.backend}, {describe_engine(recipe.engine)}",
         },
         timeout_seconds=recipe.run.collective_timeout_seconds,
     )
@@ -186,8 +187,13 @@ def build_engine(
     config, amp = recipe.engine, recipe.train.amp
     if config.name == "ddp":
         return DDPEngine(model, optimizer, reducer, config=config, amp=amp, device=world.device)
-    assert amp != "fp16"
     return DeepSpeedEngine(model, optimizer, reducer, config=config, amp=amp, world=world)
+
+
+def describe_engine(config: EngineConfig) -> str:
+    """What of an engine must be the same on all ranks, in words."""
+    told = json.dumps(config.deepspeed, sort_keys=True, default=str)
+    return f"{config.name} of stage {config.zero_stage}{f' told {told}' if config.deepspeed else ''}"
 
 
 def settle_mode(

@@ -20,6 +20,8 @@ DECAYS = "weight_decay_by_phase"
 """Of a group whose weight decay changes: that of the first phase, and the later one."""
 GROUP_STEP, STORED_GROUP_STEP = "step", "group_step"
 """Where timm's LAMB counts updates: in the group, and not in the state of each parameter; and its name in stored state."""
+FUSED = ("sgd", "adam", "adamw")
+"""Optimizers that torch can run as one kernel over all parameters, with nothing to compile."""
 
 
 def build_optimizer(
@@ -30,6 +32,8 @@ def build_optimizer(
     first_phase: FirstPhaseConfig | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer with a group each for latent binary weights, real weights, the rest, and what has a decay of its own.
+
+    On GPUs it is torch's fused one, where there is one: an update is then one kernel, and state is the same as elsewhere.
 
     Args:
         kinds: kind of every parameter by qualified name, as ``binary.parameter_kinds`` gives it.
@@ -79,9 +83,16 @@ def build_optimizer(
         options["momentum"] = config.momentum
     else:
         options["betas"] = tuple(config.betas)
+    if runs_fused(config.name, trained.values()):
+        options["fused"] = True
     plain = config.name == "sgd" and not config.nesterov
     name = "momentum" if plain else config.name  # timm's name for SGD without Nesterov's momentum
     return timm.optim.create_optimizer_v2(groups, opt=name, lr=config.lr, **options)
+
+
+def runs_fused(name: str, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether an optimizer of these parameters is to be torch's fused one."""
+    return name in FUSED and all(parameter.is_cuda for parameter in parameters)
 
 
 def _either(value: float | None, otherwise: float) -> float:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from cyclebnn_dist.buffers import averaged_buffers, load_buffers, model_state, persistent_buffers
 from cyclebnn_dist.checkpoint import Snapshot, read_meta, read_own, read_shared
+from cyclebnn_dist.config import SAVED_NAME, load_saved
+from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.world import all_succeed
 
@@ -71,8 +73,25 @@ def restore(run: Run, folder: Path) -> None:
         before = meta.get("teachers", run.objective.teachers)
         if before != run.objective.teachers and run.world.is_main:
             log.warning("teachers have other weights than before: %s, now %s", before, run.objective.teachers)
+        changed = engine_change(load_saved(folder / SAVED_NAME).engine, run.recipe.engine)
+        if changed and run.world.is_main:
+            log.warning("%s was written under %s", folder.name, changed)
 
     all_succeed(run.world, load, what=f"loading checkpoint {folder}")
+
+
+def engine_change(saved: EngineConfig, new: EngineConfig) -> str | None:
+    """What another engine means for a run that goes on, in words; None if there is no other."""
+    names = [
+        "DDP" if config.name == "ddp" else f"DeepSpeed at stage {config.zero_stage}"
+        for config in (saved, new)
+    ]
+    if names[0] == names[1]:
+        return None
+    return (
+        f"{names[0]}, this run goes on under {names[1]}: weights, the optimizer's state and the loss scale are carried over "
+        "as they are; what DeepSpeed keeps for itself (its timers, its counts of steps) starts anew"
+    )
 
 
 def _restore_own(run: Run, own: dict[str, Any]) -> None:

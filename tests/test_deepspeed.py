@@ -1,6 +1,8 @@
 """In live ranks. Without these a run could train otherwise under DeepSpeed than under DDP, or not go on from it."""
 
 import copy
+import logging
+import logging.handlers
 import math
 import signal
 from contextlib import nullcontext
@@ -40,6 +42,7 @@ def build(
     bucket_mb=0.01,
     first_decay=None,
     memory_format=torch.contiguous_format,
+    settings=None,
 ):
     """Engine and reducer of a small net; ``stage`` None is DDP."""
     torch.manual_seed(0)
@@ -67,7 +70,9 @@ def build(
             model, made, reducer, config=EngineConfig(bucket_mb=bucket_mb), amp=amp, device=world.device
         )
     else:
-        config = EngineConfig(name="deepspeed", zero_stage=stage, bucket_mb=bucket_mb)
+        config = EngineConfig(
+            name="deepspeed", zero_stage=stage, bucket_mb=bucket_mb, deepspeed=settings or {}
+        )
         engine = DeepSpeedEngine(model, made, reducer, config=config, amp=amp, world=world)
     return engine, reducer
 
@@ -123,6 +128,7 @@ WAYS = {
     "cyclic, clipped, feedback": ({"feedback": True}, {"clip": 0.5}),
     "accumulating, clipped": ({"feedback": True}, {"accumulation": 3, "clip": 0.5}),
     "bf16": ({"amp": "bf16"}, {}),
+    "bf16, accumulating": ({"amp": "bf16"}, {"accumulation": 3, "bits": [32]}),
     "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
     "one bucket": ({"bucket_mb": 25.0}, {}),
     "two phases": ({"first_decay": 0.5}, {"bits": [32], "restart_at": 8}),
@@ -377,12 +383,31 @@ def test_a_run_is_the_same_as_under_ddp_also_when_it_is_stopped_on_the_way(ranks
         assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 
 
-def test_a_run_changes_engine_and_number_of_ranks_between_lives(ranks, recipe_file):
+def run_noting_warnings(rank, size, path, overrides, stop_after):
+    """Exit status, and what is warned of when the checkpoint is read."""
+    notes = logging.handlers.BufferingHandler(capacity=100)
+    logger = logging.getLogger("cyclebnn_dist.resume")
+    logger.addHandler(notes)
+    try:
+        status = run(rank, size, path, overrides, stop_after)
+    finally:
+        logger.removeHandler(notes)
+    return status, " ".join(record.getMessage() for record in notes.buffer)
+
+
+def test_a_run_changes_engine_between_lives_and_says_so(ranks, recipe_file):
+    """In one run folder, as a user does it: the same command with another engine.name or engine.zero_stage."""
     ddp, changing = recipe_file.parent / "ddp", recipe_file.parent / "run"
     assert ranks(2, run, recipe_file, [f"run.dir={ddp}"]) == [0, 0]
+    names = {None: "DDP", **{stage: f"DeepSpeed at stage {stage}" for stage in STAGES}}
+    before = None
     for stage, stop_after in [(2, 2), (0, 2), (1, 2), (None, None)]:
-        status = ranks(2, run, recipe_file, under(stage), stop_after)
-        assert status == [train_module.FINISHED if stage is None else train_module.PREEMPTED] * 2
+        results = ranks(2, run_noting_warnings, recipe_file, under(stage), stop_after)
+        for rank, (status, warned) in enumerate(results):
+            assert status == (train_module.FINISHED if stage is None else train_module.PREEMPTED)
+            told = rank == 0 and before not in (None, stage)
+            assert (f"written under {names[before]}, this run goes on under {names[stage]}" in warned) == told
+        before = stage
     expected, found = checkpoint(ddp, "model", "ema"), checkpoint(changing, "model", "ema")
     for name in expected:
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
@@ -402,7 +427,6 @@ def test_another_number_of_ranks_goes_on_under_zero(ranks, recipe_file):
         (under(3), "engine.zero_stage", "whole weights"),
         ([*under(1), "optim.name=lamb"], "optim.name", "whole parameter"),
         ([*under(2), "model.channels_last=true"], "model.channels_last", "flat tensor"),
-        ([*under(0), "train.amp=fp16"], "train.amp", "not been tried"),
         ([*under(0), "model.compile=true"], "model.compile", "DeepSpeed"),
         ([*under(0), "engine.find_unused_parameters=true"], "engine.find_unused_parameters", "DeepSpeed"),
     ],

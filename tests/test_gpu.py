@@ -27,12 +27,17 @@ def test_the_codec_computes_the_same_on_both_devices(bits, name, backend):
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16", "fp16"])
-def test_a_recipe_trains_on_a_gpu(tmp_path, tiny_data, amp):
+@pytest.mark.parametrize(
+    "engine", ["ddp", "deepspeed of stage 0", "deepspeed of stage 1", "deepspeed of stage 2"]
+)
+def test_a_recipe_trains_on_a_gpu(tmp_path, tiny_data, amp, engine):
     from cyclebnn_dist import train
 
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
-    recipe = load_recipe(path, [f"train.amp={amp}", "model.channels_last=true", "wandb.mode=disabled"])
+    name, _, stage = engine.partition(" of stage ")
+    overrides = [f"engine.name={name}", f"engine.zero_stage={stage or 0}", f"model.channels_last={not stage}"]
+    recipe = load_recipe(path, [*overrides, f"train.amp={amp}", "wandb.mode=disabled"])
     assert train.main(recipe) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["device"] == "cuda"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cyclebnn_dist import optimizer as optimizer_module
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import FirstPhaseConfig, OptimConfig
 from cyclebnn_dist.optimizer import (
@@ -212,3 +213,32 @@ def test_learning_rate_shapes():
         [2, 0.2, 0.02]
     )
     assert rate(99, schedule="constant") == 2.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("first_fused", [True, False])
+def test_a_fused_optimizer_goes_on_from_another_ones_state_and_back(monkeypatch, name, first_fused):
+    """GPUs take it, CPUs do not, and a run may move from one to the other."""
+
+    def run(fused_of_steps):
+        model, carried = small_model(), {}
+        for step, fused in enumerate(fused_of_steps):
+            monkeypatch.setattr(optimizer_module, "runs_fused", lambda *_, fused=fused: fused)
+            optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1), kinds=KINDS)
+            assert all(bool(group["fused"]) == fused for group in optimizer.param_groups)
+            set_learning_rate(optimizer, 0.1)
+            load_optimizer_state_by_name(optimizer, carried)
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            carried = copy.deepcopy(optimizer_state_by_name(optimizer))
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    found = run([first_fused, not first_fused, first_fused])
+    torch.testing.assert_close(found, run([False, False, False]))
+
+
+def test_a_cpu_runs_no_fused_optimizer_unasked():
+    optimizer = build_optimizer(small_model(), OptimConfig(), kinds=KINDS)
+    assert not any(group["fused"] for group in optimizer.param_groups)

@@ -115,6 +115,25 @@ def test_two_nodes_train_as_two_local_ranks_do(submit, undisturbed):
     assert run.slurm.left_behind(run.job) == []
 
 
+def test_two_nodes_share_out_a_model_under_deepspeed_also_after_a_signal(slurm, submit, undisturbed):
+    """Slurm's ranks are none that DeepSpeed has started, and what each keeps must be whole after a restart."""
+    run = submit("run", NO_WANDB, "run.save_every=1000", "engine.name=deepspeed", "engine.zero_stage=2")
+    run.wait_for_life(1)
+    slurm.ask("scancel", "--signal=USR2", run.job)
+    facts = run.assert_finished()
+    assert (facts["NumNodes"], facts["Restarts"]) == ("2", "1")
+    first, second = run.starts()
+    assert first < second
+    losses = [
+        [row["loss"] for row in read_journal(folder) if row["event"] == "train"]
+        for folder in (undisturbed, run.run_dir)
+    ]
+    assert losses[0][0] == losses[1][0], "before gradients count"
+    assert len(losses[1]) == STEPS
+    assert sum(losses[1][-5:]) == pytest.approx(sum(losses[0][-5:]), rel=0.3)
+    assert slurm.left_behind(run.job) == []
+
+
 def test_signalled_and_preempted_the_job_saves_comes_back_and_ends_as_undisturbed(slurm, submit, undisturbed):
     """First submitit's signal, as before a time limit; then SIGTERM, which Slurm sends at a pre-emption by default."""
     run = submit("run", "run.save_every=1000")

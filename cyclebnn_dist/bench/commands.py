@@ -172,6 +172,43 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="keep all that is finished here; the same line then goes on"
     )
     mixbin.add_argument("--json", action="store_true", help="print one JSON object")
+    engines = commands.add_parser(
+        "engines",
+        help="time, bytes and memory of a step under DDP and under DeepSpeed's ZeRO 0 to 2",
+        description="Train the same binary network under DDP and under DeepSpeed at ZeRO 0, 1 and 2, with gradients in fp32 "
+        "and at cycling widths, in turn in the same processes: seconds a step with ratios to DDP and their 95 % intervals, "
+        "bytes sent, and bytes that a rank keeps of weights, gradients and the optimizer. Under torchrun or srun it "
+        "measures between their ranks; on GPUs it also tells the peak of allocated memory.",
+        epilog="examples:\n  cyclebnn bench engines --seconds 60\n"
+        "  sudo cyclebnn bench engines --ranks 4 --rate 1gbit --json\n"
+        "  cyclebnn bench engines --variants zero2_cyclic --model resnet50\n"
+        "  srun --ntasks-per-node 8 cyclebnn bench engines --batch 64 --image-size 224",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    engines.set_defaults(run_bench=_bench_engines)
+    engines.add_argument("--ranks", type=int, help="processes to start on this machine (default: 2)")
+    engines.add_argument(
+        "--rate",
+        help="give each a network whose link has this rate, e.g. 1gbit; needs root (default: the loopback)",
+    )
+    engines.add_argument(
+        "--variants", nargs="+", metavar="NAME", help="which ones (default: all); DDP's always run"
+    )
+    engines.add_argument("--model", default="resnet18", help="timm model (default: resnet18)")
+    engines.add_argument("--batch", type=int, default=4, help="images of a rank and step (default: 4)")
+    engines.add_argument(
+        "--image-size", type=int, default=64, help="side of an image in pixels (default: 64)"
+    )
+    engines.add_argument(
+        "--bucket-mb",
+        type=float,
+        default=25.0,
+        help="size of a bucket in MiB, as engine.bucket_mb (default: 25)",
+    )
+    engines.add_argument(
+        "--seconds", type=float, default=120.0, help="about how long to measure (default: 120)"
+    )
+    engines.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _bench_layers(options: argparse.Namespace) -> int:
@@ -226,6 +263,24 @@ def _bench_comm(options: argparse.Namespace) -> int:
         print(json.dumps(result) if options.json else render_comm(result))
         if options.plot:
             plot_comm(result, options.plot)
+    return 0
+
+
+def _bench_engines(options: argparse.Namespace) -> int:
+    from cyclebnn_dist.bench.engines import bench_engines, render_engines
+
+    result = bench_engines(
+        ranks=options.ranks,
+        rate=options.rate,
+        variants=options.variants,
+        model=options.model,
+        batch=options.batch,
+        image_size=options.image_size,
+        bucket_mb=options.bucket_mb,
+        seconds=options.seconds,
+    )
+    if result is not None:
+        print(json.dumps(result) if options.json else render_engines(result))
     return 0
 
 

@@ -43,6 +43,11 @@ def read_settings(benchmark: str, line: str) -> Callable[[World], dict[str, Any]
 
         networks = mixbin_runs.Settings(**values)
         return lambda world: mixbin_runs.measure_choices(world, networks)
+    if benchmark == "engines":
+        from cyclebnn_dist.bench import engine_rounds
+
+        of_engines = engine_rounds.Settings(**values)
+        return lambda world: engine_rounds.measure_engines(world, of_engines)
     from cyclebnn_dist.bench import comm_rounds
 
     assert benchmark == comm_rounds.Settings.benchmark, benchmark

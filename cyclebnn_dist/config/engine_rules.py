@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cyclebnn_dist.config.deepspeed_rules import check_deepspeed_settings
 from cyclebnn_dist.config.errors import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
 
@@ -20,7 +21,14 @@ def check_engine(recipe: Recipe) -> None:
                 f"{stage} beside engine.name={engine.name}, which shares out nothing",
                 "set engine.name=deepspeed, or engine.zero_stage=0",
             )
+        if engine.deepspeed:
+            raise RecipeError(
+                "engine.deepspeed",
+                f"is told to DeepSpeed, which engine.name={engine.name} does not use",
+                "set engine.name=deepspeed, or leave it out",
+            )
         return
+    check_deepspeed_settings(engine.deepspeed)
     if stage == 3:
         raise RecipeError(
             "engine.zero_stage",
@@ -38,10 +46,6 @@ def check_engine(recipe: Recipe) -> None:
             "model.channels_last",
             f"true beside engine.zero_stage={stage}, which keeps weights one after the other in a flat tensor",
             "set it to false, or engine.zero_stage=0",
-        )
-    if recipe.train.amp == "fp16":
-        raise RecipeError(
-            "train.amp", "fp16 has not been tried under DeepSpeed", "use train.amp=bf16, or engine.name=ddp"
         )
     for key, wanted in [
         ("engine.find_unused_parameters", engine.find_unused_parameters),

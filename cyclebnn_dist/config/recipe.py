@@ -373,6 +373,8 @@ class EngineConfig:
     """Size of a gradient bucket in MiB."""
     find_unused_parameters: bool = False
     """Tolerate parameters that take no part in the loss."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """For experts: further settings as in DeepSpeed's own configuration, e.g. {wall_clock_breakdown: true}."""
 
 
 @dataclass(frozen=True)

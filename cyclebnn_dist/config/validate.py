@@ -41,6 +41,7 @@ MAY_CHANGE = SEARCH_KEYS | frozenset(
         "engine.name",
         "engine.zero_stage",
         "engine.bucket_mb",
+        "engine.deepspeed",
         "eval.every_epochs",
         "eval.batch_size",
         "wandb.mode",

@@ -1,6 +1,7 @@
-"""The buckets: which parameters' gradients travel together under DDP, found by asking DDP itself in a world of one.
+"""The buckets: which parameters' gradients will travel together under either engine, and how they are laid out.
 
-How it groups them depends on the order in which a backward pass yields gradients, never on the number of ranks.
+DDP's are found by asking it in a world of one: how it groups them depends on the order in which a backward pass yields
+gradients, never on the number of ranks. The DeepSpeed engine groups them by their order in the model.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cyclebnn_dist.binary import set_progress, set_widths
-from cyclebnn_dist.comm import Layout, Reducer
+from cyclebnn_dist.binary import parameter_kinds, set_progress, set_widths
+from cyclebnn_dist.comm import Layout, Reducer, Slot, build_layout
+from cyclebnn_dist.comm.traffic import trained_buckets
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.engine.ddp import DDPEngine
+from cyclebnn_dist.engine.zero_groups import build_slots
 from cyclebnn_dist.losses import kurtosis_penalty
+from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision import Widths
 
 Grouping = tuple[tuple[int, ...], ...]
@@ -45,8 +49,45 @@ class BucketRecorder:
         return done
 
 
+def foretell_layout(model: nn.Module, recipe: Recipe, *, world_size: int, ranks_per_node: int = 1) -> Layout:
+    """The layout of a run of ``model``; with slots where its ranks will need the mean of their parts alone."""
+    comm = recipe.comm
+    return build_layout(
+        model.named_parameters(),
+        world_size=world_size,
+        block_size=comm.block_size,
+        small_bits=comm.small_bits,
+        small_numel=comm.small_numel,
+        second_phase_extra_bits=comm.second_phase_extra_bits,
+        ranks_per_node=ranks_per_node,
+        slots=None if ranks_per_node > 1 else foretell_slots(model, recipe, world_size=world_size),
+    )
+
+
+def foretell_slots(model: nn.Module, recipe: Recipe, *, world_size: int) -> dict[str, Slot] | None:
+    """Where ZeRO will have each trained parameter, by name; None where ranks share out nothing."""
+    if world_size == 1 or recipe.engine.zero_stage == 0:
+        return None
+    optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
+    return build_slots(
+        [group["names"] for group in optimizer.param_groups],
+        {name: parameter.numel() for name, parameter in model.named_parameters()},
+        bucket_mb=recipe.engine.bucket_mb,
+        world_size=world_size,
+    )
+
+
+def foretell_buckets(model: nn.Module, recipe: Recipe, layout: Layout, *, widths: Widths) -> Buckets:
+    """The buckets of a run of ``model`` under its engine; see ``observe_buckets``."""
+    if recipe.engine.name == "ddp":
+        return observe_buckets(model, recipe, layout, widths=widths)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grouping = trained_buckets(layout, bucket_mb=recipe.engine.bucket_mb, trained=trained)
+    return Buckets(first_step=grouping, later_steps=grouping)
+
+
 def observe_buckets(model: nn.Module, recipe: Recipe, layout: Layout, *, widths: Widths) -> Buckets:
-    """The buckets of a run of ``model``, from two passes of two black images on the CPU.
+    """The buckets of a run of ``model`` under DDP, from two passes of two black images on the CPU.
 
     The model's gradients and statistics change. It makes a process group of its own, so there must not be one already.
     A model that is compiled (``model.compile``) hands over its gradients in an order that may differ from this one.

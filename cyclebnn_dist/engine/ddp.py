@@ -42,8 +42,7 @@ class DDPEngine:
         Raises:
             RecipeError: for fp16 without a GPU.
         """
-        if amp == "fp16" and device.type != "cuda":
-            raise RecipeError("train.amp", "fp16 needs a GPU", "use train.amp=bf16 or fp32 on a CPU")
+        refuse_fp16_on_cpu(amp, device)
         self.module = model
         self._optimizer = optimizer
         self._reducer = reducer
@@ -111,6 +110,16 @@ class DDPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer_state_by_name(self._optimizer, state["optimizer"])
         self._scaler.load_state_dict(state["loss_scale"])
+
+
+def refuse_fp16_on_cpu(amp: str, device: torch.device) -> None:
+    """Refuse arithmetic that only GPUs are fast at, and that needs a loss scale.
+
+    Raises:
+        RecipeError: for fp16 without a GPU.
+    """
+    if amp == "fp16" and device.type != "cuda":
+        raise RecipeError("train.amp", "fp16 needs a GPU", "use train.amp=bf16 or fp32 on a CPU")
 
 
 def lower_loss_scale(scaler: torch.amp.GradScaler) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from cyclebnn_dist.comm.traffic import assumed_buckets
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.engine import zero
+from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE, lower_loss_scale, refuse_fp16_on_cpu
+from cyclebnn_dist.engine.deepspeed_config import check_by_deepspeed, deepspeed_config
 from cyclebnn_dist.engine.partition import gather_state_by_name, load_state_by_name
 from cyclebnn_dist.optimizer import (
     forget_updates,
@@ -29,9 +32,6 @@ log = logging.getLogger(__name__)
 
 BUCKETS_UNDER_WAY = 2
 """Copies of buckets that exist at a time at stage 0, beside the one that is being made."""
-
-NO_LOSS_SCALE: dict[str, Any] = {}
-"""What a ``GradScaler`` that is switched off has for state."""
 
 
 class DeepSpeedEngine:
@@ -48,28 +48,31 @@ class DeepSpeedEngine:
         reducer: Reducer,
         *,
         config: EngineConfig,
-        amp: Literal["fp32", "bf16"],
+        amp: Literal["fp32", "bf16", "fp16"],
         world: World,
     ) -> None:
         """Collective: every rank calls this. Weights of rank 0 become everyone's.
 
         Raises:
-            RecipeError: on every rank, if one has a DeepSpeed that this has not been tested with.
+            RecipeError: on every rank, for fp16 without a GPU, if one has a DeepSpeed that this has not been tested with,
+                or if DeepSpeed refuses ``engine.deepspeed``.
         """
+        refuse_fp16_on_cpu(amp, world.device)
         self.module = model
         self._optimizer = optimizer
         self._reducer = reducer
         self._world = world
         self._stage = config.zero_stage
         self._accumulating = False
-        deepspeed = open_everywhere(world)
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
+        told = deepspeed_config(config)
+        deepspeed = open_everywhere(world, told)
         layouts = [parameter.stride() for parameter in model.parameters()]
         with zero.in_existing_groups(deepspeed, local_rank=world.device.index or 0):
             for parameter in model.parameters():
                 parameter.data = parameter.data.contiguous()
-            self._engine = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_config(config, amp=amp)
-            )[0]
+            self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=told)[0]
+        zero.autocast_forward(self._engine, AUTOCAST_DTYPE.get(amp))
         if self._stage == 0:
             for parameter, stride in zip(model.parameters(), layouts, strict=True):
                 strided = torch.empty_strided(parameter.shape, stride, device=parameter.device)
@@ -99,7 +102,7 @@ class DeepSpeedEngine:
     def begin_step(self, step: int, *, lr: float, communication_bits: int, first_phase: bool = False) -> None:
         set_learning_rate(self._optimizer, lr)
         set_weight_decay(self._optimizer, first_phase=first_phase)
-        self._reducer.begin_step(step, communication_bits)
+        self._reducer.begin_step(step, communication_bits, loss_scale=self._scaler.get_scale())
         self._norms = {}
         for parameter in self._parameters:
             parameter.grad = None
@@ -119,7 +122,7 @@ class DeepSpeedEngine:
         with self._reducer.reraising():
             if self._stage > 0 and self._accumulating:
                 zero.hold_back_reduction(self._engine)
-            self._engine.backward(loss, scale_wrt_gas=False)
+            self._engine.backward(self._scaler.scale(loss), scale_wrt_gas=False)
             if self._accumulating:
                 return
             if self._stage > 0:
@@ -132,6 +135,8 @@ class DeepSpeedEngine:
 
     def clip(self, max_norm: float) -> torch.Tensor:
         norm = torch.linalg.vector_norm(torch.stack([self._norms[index] for index in self._trained]))
+        norm = norm / self._scaler.get_scale()
+        unscale(self._scaler, self._own_gradients())
         if max_norm > 0:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             for gradient in self._own_gradients():
@@ -142,7 +147,10 @@ class DeepSpeedEngine:
         self._reducer.finish_step(applied=not skip)
         if not skip:
             self._engine.step()
-        elif self._stage > 0:
+            self._scaler.update()
+            return
+        lower_loss_scale(self._scaler)
+        if self._stage > 0:
             zero.discard_gradients(self._engine)
 
     def state_dict(self) -> dict[str, Any]:
@@ -151,10 +159,11 @@ class DeepSpeedEngine:
         else:
             groups = zero.partitioned_groups(self._engine, rank=self._world.rank)
             state = gather_state_by_name(self._optimizer, groups, world=self._world)
-        return {"optimizer": state, "loss_scale": NO_LOSS_SCALE}
+        return {"optimizer": state, "loss_scale": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The weights of the model must have been restored before: from stage 1 on each rank keeps a copy of its part."""
+        self._scaler.load_state_dict(state["loss_scale"])
         if self._stage == 0:
             load_optimizer_state_by_name(self._optimizer, state["optimizer"])
             return
@@ -198,8 +207,11 @@ class DeepSpeedEngine:
                 self._norms[index] = torch.linalg.vector_norm(averaged)
 
 
-def open_everywhere(world: World) -> Any:
+def open_everywhere(world: World, told: dict[str, Any]) -> Any:
     """Collective: every rank calls this. The package, or the refusal of the first rank that has another one.
+
+    Args:
+        told: what ``deepspeed.initialize`` will be told, which the package checks first.
 
     Raises:
         RecipeError: on every rank.
@@ -207,6 +219,7 @@ def open_everywhere(world: World) -> Any:
     deepspeed, refusal = None, None
     try:
         deepspeed = zero.open_deepspeed(world.device)
+        check_by_deepspeed(told)
     except RecipeError as error:
         refusal = error
     share_refusal(world, refusal)
@@ -220,22 +233,19 @@ def write_back(future: torch.futures.Future[torch.Tensor], gradients: Sequence[t
         gradient.copy_(part.view(gradient.shape))
 
 
-def deepspeed_config(config: EngineConfig, *, amp: Literal["fp32", "bf16"]) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` is told. Accumulation, clipping and averaging are this project's own."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # of the throughput it would print
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": amp == "bf16", "dtype": "bfloat16"},
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": max(1, int(config.bucket_mb * 2**20 / 4)),
-            "overlap_comm": False,
-            **({"compute_grad_norm": False} if config.zero_stage else {}),
-        },
-    }
+def unscale(scaler: torch.amp.GradScaler, gradients: Sequence[torch.Tensor]) -> None:
+    """Divide gradients by the loss scale in place, and let the scaler note whether they are finite, as for an optimizer's.
+
+    They are those of a rank's own part, which from stage 1 on no parameter of its optimizer has for ``grad``.
+    """
+    if not scaler.is_enabled():
+        return
+    holders = []
+    for gradient in [*gradients, torch.zeros(1, device=scaler._device)]:
+        holder = gradient.detach()
+        holder.grad = gradient
+        holders.append(holder)
+    scaler.unscale_(SimpleNamespace(param_groups=[{"params": holders}]))  # type: ignore[arg-type]
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ SIGNATURES = {
 """Parameters of the methods that are called or replaced."""
 
 ENGINE_ATTRIBUTES = ("enable_backward_allreduce", "inside_no_sync_ctxt")
+CONFIG_ATTRIBUTES = ("torch_autocast_enabled", "torch_autocast_dtype")
 OPTIMIZER_ATTRIBUTES = (
     "_coalesce_grad_reduction",
     "all_grad_tensors",
@@ -150,6 +151,16 @@ def in_existing_groups(deepspeed: Any, *, local_rank: int) -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
+
+
+def autocast_forward(engine: Any, dtype: torch.dtype | None) -> None:
+    """From now on forward passes compute in ``dtype`` under torch.autocast, and that is all that changes.
+
+    Told of it before ``initialize``, DeepSpeed would also keep buckets apart by type and scale losses by itself.
+    """
+    settings = engine._config
+    _check_attributes(settings, CONFIG_ATTRIBUTES)
+    settings.torch_autocast_enabled, settings.torch_autocast_dtype = dtype is not None, dtype
 
 
 def leave_reduction_to_caller(engine: Any, *, average: Average) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from cyclebnn_dist.batching import steps_per_epoch, total_steps
 from cyclebnn_dist.binary import count, scheduled_precision
-from cyclebnn_dist.comm import Layout, build_layout
+from cyclebnn_dist.comm import Layout
 from cyclebnn_dist.comm.coding import CodecName
 from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.mode import communicated_precision, fixed_mode
@@ -18,7 +18,8 @@ from cyclebnn_dist.comm.traffic import count_step
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import open_source
-from cyclebnn_dist.engine.buckets import Buckets, observe_buckets
+from cyclebnn_dist.engine.buckets import Buckets, foretell_buckets, foretell_layout, foretell_slots
+from cyclebnn_dist.engine.zero_groups import weight_bytes
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.phases import build_phases
 from cyclebnn_dist.precision import Schedule, build_schedule, training_saving
@@ -84,6 +85,8 @@ def _count_images(recipe: Recipe) -> int:
 def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, dict[str, Any]]:
     """The schedule of a run and what it will do, as plain values; keys that summary.json has too mean the same there.
 
+    ``weight_bytes`` are those of updated weights, which ZeRO sends beside the gradients from stage 1 on.
+
     Bytes are those of rank 0 in a run that is never interrupted: after a restart DDP's first step takes other buckets,
     which moves some headers and padding. Of each width ``runs`` lists [first step, bits].
 
@@ -102,19 +105,18 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     schedule = build_schedule(
         precision, total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch
     )
-    layout = build_layout(
-        model.named_parameters(),
+    layout = foretell_layout(
+        model,
+        recipe,
         world_size=ranks,
-        block_size=recipe.comm.block_size,
-        small_bits=recipe.comm.small_bits,
-        small_numel=recipe.comm.small_numel,
-        second_phase_extra_bits=recipe.comm.second_phase_extra_bits,
         ranks_per_node=_ranks_per_node(ranks) if recipe.comm.hierarchical and ranks > 1 else 1,
     )
-    counters = Counters()
+    counters, weights = Counters(), 0
     if ranks > 1:
-        buckets = observe_buckets(model, recipe, layout, widths=schedule.at(0))
+        buckets = foretell_buckets(model, recipe, layout, widths=schedule.at(0))
         counters = expected_traffic(schedule, layout, buckets, codec=recipe.comm.codec)
+        slots = foretell_slots(model, recipe, world_size=ranks) or {}
+        weights = weight_bytes(slots.values(), world_size=ranks)
     phases = build_phases(recipe, total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch)
     saving = training_saving(counts, schedule.counts(begin=phases.first_steps), full_steps=phases.first_steps)
     channels = {}
@@ -143,6 +145,9 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
         "sent_bytes": counters.sent_bytes,
         "fp32_bytes": counters.fp32_bytes,
         "bf16_bytes": counters.bf16_bytes,
+        "engine": recipe.engine.name,
+        "zero_stage": recipe.engine.zero_stage,
+        "weight_bytes": weights * length.total_steps,
         "training_saving_binary_layers": saving.binary_layers,
         "training_saving_model": saving.model,
         "schedule_digest": schedule.digest(),

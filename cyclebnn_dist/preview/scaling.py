@@ -11,7 +11,7 @@ import torch
 
 from cyclebnn_dist.batching import per_rank_batch
 from cyclebnn_dist.binary import scheduled_precision
-from cyclebnn_dist.comm import Codec, build_layout
+from cyclebnn_dist.comm import Codec
 from cyclebnn_dist.comm.breakeven import CodecCost, Load, schedule_mean, step_seconds
 from cyclebnn_dist.comm.measure import measure_codec
 from cyclebnn_dist.comm.pieces import CAST_BYTES
@@ -19,7 +19,8 @@ from cyclebnn_dist.comm.scaling import Cluster, step_exposure
 from cyclebnn_dist.comm.traffic import bucket_loads
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.engine.buckets import observe_buckets
+from cyclebnn_dist.engine.buckets import foretell_buckets, foretell_layout, foretell_slots
+from cyclebnn_dist.engine.zero_groups import weight_bytes
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.precision import build_schedule
 from cyclebnn_dist.preview.compute import measure_compute
@@ -33,6 +34,7 @@ ASSUMPTIONS = (
     "CPU they share its cores, and a step takes longer than this)",
     "every rank sends to every other: inside a node at --intra, outside at --network, which the ranks of a node share, both "
     "at once and at their full rate; two messages a peer and bucket at --message-us",
+    "under ZeRO, from stage 1 on, updated weights go to all ranks in fp32 when the step is done, and nothing hides them",
     "steps after the first, whose gradients DDP sends in one bucket; no waiting for images, no evaluation, no saving",
 )
 
@@ -72,17 +74,8 @@ def plan_scaling(
     )
     used = Counter(schedule.communication.first(length.total_steps))
     choices: dict[str, Mapping[int, int]] = {"fp32": {32: 1}, "bf16": {16: 1}, "schedule": used}
-    layouts = {
-        cluster: build_layout(
-            model.named_parameters(),
-            world_size=cluster.world_size,
-            block_size=recipe.comm.block_size,
-            small_bits=recipe.comm.small_bits,
-            small_numel=recipe.comm.small_numel,
-        )
-        for cluster in clusters
-    }
-    buckets = observe_buckets(model, recipe, layouts[clusters[0]], widths=schedule.at(0)).later_steps
+    layouts = {cluster: foretell_layout(model, recipe, world_size=cluster.world_size) for cluster in clusters}
+    buckets = foretell_buckets(model, recipe, layouts[clusters[0]], widths=schedule.at(0)).later_steps
     widths = sorted({*used, *CAST_BYTES})
     costs = _codec_costs(recipe, widths, device=device, gb_per_second=codec_gb_per_second)
     measured_compute = compute_seconds is None
@@ -95,12 +88,14 @@ def plan_scaling(
             bits: bucket_loads(layouts[cluster], buckets, bits=bits, codec=recipe.comm.codec)
             for bits in widths
         }
+        slots = foretell_slots(model, recipe, world_size=cluster.world_size) or {}
         modes = {
             name: _predict(
                 cluster,
                 loads,
                 costs,
                 steps,
+                weight_bytes=weight_bytes(slots.values(), world_size=cluster.world_size),
                 compute_seconds=compute_seconds,
                 passes=recipe.train.accumulation,
                 total_steps=length.total_steps,
@@ -132,12 +127,13 @@ def _predict(
     costs: Mapping[int, CodecCost],
     steps: Mapping[int, int],
     *,
+    weight_bytes: int,
     compute_seconds: float,
     passes: int,
     total_steps: int,
     overlap: bool,
 ) -> dict[str, float]:
-    """Means over steps, of which ``steps`` have which bits; bytes are those of rank 0."""
+    """Means over steps, of which ``steps`` have which bits; bytes are those of rank 0, of gradients where not said."""
     size, link = cluster.world_size, cluster.link()
     exposed = {
         bits: step_exposure(
@@ -157,13 +153,21 @@ def _predict(
     }
     sent = {bits: float(sum(load.sent_bytes for load in loads[bits])) for bits in steps}
     exposed_seconds, step_bytes = schedule_mean(exposed, steps), schedule_mean(sent, steps)
+    exchange_seconds = schedule_mean(alone, steps)
+    if weight_bytes:
+        weight_seconds = link.latency_seconds / 2 + weight_bytes / link.bytes_per_second
+        exposed_seconds, exchange_seconds = (
+            exposed_seconds + weight_seconds,
+            exchange_seconds + weight_seconds,
+        )
     return {
         "step_seconds": compute_seconds + exposed_seconds,
-        "exchange_seconds": schedule_mean(alone, steps),
+        "exchange_seconds": exchange_seconds,
         "exposed_seconds": exposed_seconds,
         "efficiency": compute_seconds / (compute_seconds + exposed_seconds),
         "sent_bytes_per_step": step_bytes,
         "sent_bytes": step_bytes * total_steps,
+        "weight_bytes_per_step": weight_bytes,
     }
 
 

@@ -40,7 +40,12 @@ def render_scaling(described: dict[str, Any]) -> str:
 
 
 def _sent(mode: dict[str, float]) -> str:
-    return readable_size(mode["sent_bytes_per_step"]) if mode["sent_bytes_per_step"] else "nothing"
+    if not mode["sent_bytes_per_step"]:
+        return "nothing"
+    weights = mode["weight_bytes_per_step"]
+    return readable_size(mode["sent_bytes_per_step"]) + (
+        f", {readable_size(weights)} of weights" if weights else ""
+    )
 
 
 def _compute_source(described: dict[str, Any]) -> str:

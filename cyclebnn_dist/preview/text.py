@@ -78,4 +78,9 @@ def _sent(described: dict[str, Any]) -> str:
     )
     if described["comm_mode"] == "auto":
         text += "\n                  if comm.mode=auto takes the schedule's widths"
+    if described["weight_bytes"]:
+        text += (
+            f"\nweight bytes      {readable_size(described['weight_bytes'])} per rank beside them: updated weights in fp32, "
+            f"ZeRO stage {described['zero_stage']}"
+        )
     return text
