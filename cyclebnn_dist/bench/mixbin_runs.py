@@ -46,18 +46,26 @@ class Settings:
     steps: int
     candidate_steps: int
     random_choices: int
+    choices: tuple[str, ...]
+    """Of ``SEARCHED``; JSON makes a list of it."""
     eval_images: int
     until: float
     """No seed begins after this moment, in seconds since 1970."""
 
 
 def recipe_of(settings: Settings, seed: int) -> Recipe:
-    """The small network, its data and its training: a ResNet of four blocks, without the pool behind its stem."""
-    kwargs = {"layers": [1, 1, 1, 1], "channels": [16, 32, 48, 64], "zero_init_last": False}
+    """The small network, its data and its training: a ResNet of four blocks behind a narrow stem without a pool."""
+    kwargs = {
+        "layers": [1, 1, 1, 1],
+        "channels": [16, 32, 48, 64],
+        "stem_type": "deep",
+        "stem_width": 8,
+        "zero_init_last": False,
+    }
     return Recipe(
         run=RunConfig(dir=f"{settings.folder}/seed_{seed}/run", seed=seed, deterministic=True),
         model=ModelConfig(name="resnet18", num_classes=10, kwargs=kwargs),
-        binary=BinaryConfig(method="bireal", activation="prelu", stem_pool="none"),
+        binary=BinaryConfig(method="bireal", activation="prelu", stem_pool="none", keep_deep_stem=True),
         data=DataConfig(
             path=settings.data, format="folder", image_size=IMAGE_SIZE, threads=1, scale=(0.6, 1.0)
         ),
@@ -80,7 +88,7 @@ def choices_of(settings: Settings) -> dict[str, tuple[Strategy, int]]:
     several: dict[str, tuple[Strategy, int]] = {
         f"{RANDOM}_{number}": (RANDOM, number) for number in range(settings.random_choices)
     }
-    return {**{str(name): (name, 0) for name in SEARCHED}, **several}
+    return {**{str(name): (name, 0) for name in SEARCHED if name in settings.choices}, **several}
 
 
 def measure_choices(world: World, settings: Settings) -> dict[str, Any]:
