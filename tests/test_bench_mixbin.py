@@ -20,7 +20,7 @@ def seeds(number, *, lead):
     """Accuracies of made-up seeds: the search leads random choices by ``lead(seed)`` points."""
     rest = dict.fromkeys(SEARCHED[1:], 50.0)
     return {
-        seed: trained(grow=50.0 + lead(seed), random_0=50.0 - seed, random_1=50.0 + seed, **rest)
+        seed: trained(shrink=50.0 + lead(seed), random_0=50.0 - seed, random_1=50.0 + seed, **rest)
         for seed in range(number)
     }
 
@@ -33,7 +33,7 @@ def test_the_search_is_paired_with_the_mean_of_random_choices():
     assert rows["random"]["difference"] == pytest.approx(2.2)
     reach = 2.7764 * 0.158114 / 5**0.5  # t of 4 degrees of freedom, deviation of 0, 0.1 ... 0.4
     assert rows["random"]["interval"]["low"] == pytest.approx(2.2 - reach, abs=1e-4)
-    assert rows["grow"]["difference"] is None
+    assert rows["shrink"]["difference"] is None
     assert found["claim"] is True
 
 
@@ -58,7 +58,7 @@ def test_a_small_one_is_measured_and_told_again(tmp_path, capsys):
     asked = {
         "workers": 1,
         "seeds": 1,
-        "budget": 0.22,
+        "budget": 0.97,
         "choices": ["first"],
         "steps": 2,
         "candidate_steps": 1,
@@ -69,18 +69,18 @@ def test_a_small_one_is_measured_and_told_again(tmp_path, capsys):
     }
     result = bench_mixbin(**asked)
     assert (result["seeds"], result["stopped"], result["claim"]) == (1, False, None)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "bench").glob("seed_0/*.json")}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "bench").glob("seed_1/*.json")}
     assert len(files) == 2 + 2
     for row in result["choices"]:
-        assert result["all_binary_cost"] <= row["cost"] <= 0.22
+        assert result["all_binary_cost"] <= row["cost"] <= 0.97
     assert "no verdict: fewer than 5 seeds" in render_mixbin(result)
     again = bench_mixbin(**asked)
     assert again["choices"] == result["choices"]
     assert {path: path.stat().st_mtime_ns for path in files} == files
     with pytest.raises(RecipeError, match=r"steps 2, not 3"):
         bench_mixbin(**{**asked, "steps": 3})
-    pattern = json.loads((tmp_path / "bench" / "seed_0" / "grow" / "pattern.json").read_text())
-    assert pattern["cost"] <= 0.22
+    pattern = json.loads((tmp_path / "bench" / "seed_1" / "shrink" / "pattern.json").read_text())
+    assert pattern["cost"] <= 0.97
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
     )
     mixbin.set_defaults(run_bench=_bench_mixbin)
     mixbin.add_argument("--workers", type=int, default=2, help="processes to share the work (default: 2)")
-    mixbin.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default: 5)")
+    mixbin.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
     mixbin.add_argument(
         "--budget", type=float, default=0.4, help="of the real network's operations (default: 0.4)"
     )
@@ -168,7 +168,7 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
         "--choices",
         nargs="+",
         metavar="NAME",
-        help="strategies to compare with (default: all); grow and random always run",
+        help="strategies to compare with (default: all); shrink and random always run",
     )
     mixbin.add_argument("--random", type=int, default=3, help="random choices of a seed (default: 3)")
     mixbin.add_argument(

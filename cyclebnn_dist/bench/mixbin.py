@@ -50,7 +50,7 @@ def bench_mixbin(
 
     Args:
         workers: processes that share the work; how many does not change the result.
-        seeds: from 0 on; each is one pair of the search and every other choice.
+        seeds: how many; each is one pair of the search and every other choice.
         budget: of the real network's operations, the same for all choices.
         steps: that train a chosen network from the start.
         candidate_steps: that train a candidate; fine-tuning takes as many, the search's start five times as many.
