@@ -94,7 +94,15 @@ def test_a_finished_search_is_told_again_without_training(undisturbed, capsys, m
     assert made(folder)[1] == before
 
 
-def test_killed_and_started_again_it_equals_the_undisturbed_search(undisturbed, tiny_data, tmp_path):
+def search_as_rank(rank, size, path):
+    torch.set_num_threads(1)
+    world = World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"), source="environment")
+    return search(load_recipe(path), world, worker=rank).layers
+
+
+def test_killed_and_gone_on_with_by_two_ranks_it_equals_the_undisturbed_search(
+    undisturbed, tiny_data, tmp_path, ranks
+):
     recipe, folder = write_recipe(tmp_path, tiny_data), tmp_path / "run-mixbin"
     ended = []
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -118,25 +126,13 @@ def test_killed_and_started_again_it_equals_the_undisturbed_search(undisturbed, 
     assert ended[1][0] == -signal.SIGKILL
     _, before = made(folder)
     assert len([name for name in before if name.endswith(".json") and "/." not in name]) >= 2
-    assert main(["search", "mixbin", str(recipe)]) == 0
+    expected = read_pattern(undisturbed[1] / "pattern.json").layers
+    assert ranks(2, search_as_rank, recipe) == [expected, expected]
     contents, after = made(folder)
     finished = {name for name in before if ".partial" not in name}
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
     assert contents == made(undisturbed[1])[0]
     assert (folder / "pattern.json").read_bytes() == (undisturbed[1] / "pattern.json").read_bytes()
-
-
-def search_as_rank(rank, size, path):
-    torch.set_num_threads(1)
-    world = World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"), source="environment")
-    return search(load_recipe(path), world, worker=rank).layers
-
-
-def test_two_ranks_find_what_one_finds(undisturbed, tiny_data, tmp_path, ranks):
-    recipe = write_recipe(tmp_path, tiny_data)
-    expected = read_pattern(undisturbed[1] / "pattern.json").layers
-    assert ranks(2, search_as_rank, recipe) == [expected, expected]
-    assert made(tmp_path / "run-mixbin")[0] == made(undisturbed[1])[0]
 
 
 def test_candidates_start_alike_and_differ_in_one_layer(undisturbed):

@@ -154,15 +154,21 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
     )
     mixbin.set_defaults(run_bench=_bench_mixbin)
     mixbin.add_argument("--workers", type=int, default=2, help="processes to share the work (default: 2)")
-    mixbin.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default: 5)")
+    mixbin.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
     mixbin.add_argument(
-        "--budget", type=float, default=0.6, help="of the real network's operations (default: 0.6)"
+        "--budget", type=float, default=0.4, help="of the real network's operations (default: 0.4)"
     )
     mixbin.add_argument(
         "--steps", type=int, default=400, help="steps that train a chosen network (default: 400)"
     )
     mixbin.add_argument(
         "--candidate-steps", type=int, default=40, help="steps that train a candidate (default: 40)"
+    )
+    mixbin.add_argument(
+        "--choices",
+        nargs="+",
+        metavar="NAME",
+        help="strategies to compare with (default: all); shrink and random always run",
     )
     mixbin.add_argument("--random", type=int, default=3, help="random choices of a seed (default: 3)")
     mixbin.add_argument(
@@ -318,6 +324,7 @@ def _bench_mixbin(options: argparse.Namespace) -> int:
         steps=options.steps,
         candidate_steps=options.candidate_steps,
         random_choices=options.random,
+        choices=options.choices,
         seconds=options.seconds,
         out=options.out,
     )

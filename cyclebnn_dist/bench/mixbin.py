@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ def bench_mixbin(
     *,
     workers: int = 2,
     seeds: int = 5,
-    budget: float = 0.6,
+    budget: float = 0.4,
     steps: int = 400,
     candidate_steps: int = 40,
     random_choices: int = 3,
+    choices: Sequence[str] | None = None,
     seconds: float = 3600.0,
     out: Path | None = None,
     num_train: int = 6000,
@@ -49,11 +50,12 @@ def bench_mixbin(
 
     Args:
         workers: processes that share the work; how many does not change the result.
-        seeds: from 0 on; each is one pair of the search and every other choice.
+        seeds: how many; each is one pair of the search and every other choice.
         budget: of the real network's operations, the same for all choices.
         steps: that train a chosen network from the start.
         candidate_steps: that train a candidate; fine-tuning takes as many, the search's start five times as many.
         random_choices: of each seed; their mean is the baseline.
+        choices: names of ``SEARCHED``; the search itself and random choices are always among them.
         seconds: begin no seed later than this.
         out: folder of all that is finished, from which another call goes on; without it, it is forgotten.
         num_train, num_val: generated images.
@@ -76,6 +78,11 @@ def bench_mixbin(
     ):
         if not value > 0:
             raise RecipeError(key, f"{value:g} is not possible", "make it more than 0")
+    for name in choices or ():
+        if name not in SEARCHED:
+            raise RecipeError(
+                "--choices", f"there is no choice '{name}'", f"there are: {', '.join(SEARCHED)}"
+            )
     if discover_world().source != "alone":
         raise RecipeError(
             "WORLD_SIZE", "this benchmark starts its workers itself", "leave out torchrun or srun"
@@ -91,6 +98,7 @@ def bench_mixbin(
             steps=steps,
             candidate_steps=candidate_steps,
             random_choices=random_choices,
+            choices=tuple(name for name in SEARCHED if name == CLAIMED or name in (choices or SEARCHED)),
             eval_images=num_train // 4,
             until=time.time() + seconds,
         )
@@ -100,8 +108,11 @@ def bench_mixbin(
         generate_sample(
             settings.data, num_train=num_train, num_val=num_val, image_size=STORED_SIDE, workers=workers
         )
-        stopped = launch_ranks(settings, ranks=workers, network=None, progress=Progress(folder))["stopped"]
-        found = read_choices(settings)
+        stopped, found = False, read_choices(settings)
+        if len(found) < seeds:
+            progress = Progress(folder)
+            stopped = launch_ranks(settings, ranks=workers, network=None, progress=progress)["stopped"]
+            found = read_choices(settings)
     if not found:
         raise RecipeError("--seconds", "ran out before one seed was finished", "allow more")
     return {
@@ -133,7 +144,8 @@ def summarize(found: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str,
         seed. ``claim``: whether the search beats random layers, its interval above 0; None with fewer than ``least_seeds``.
     """
     rows: list[dict[str, Any]] = []
-    for name in (*SEARCHED, RANDOM):
+    present = {key.partition("_")[0] for choices in found.values() for key in choices}
+    for name in (each for each in (*SEARCHED, RANDOM) if each in present):
         accuracies, shares = [], []
         for choices in found.values():
             own = [each for key, each in choices.items() if key.partition("_")[0] == name]
@@ -188,6 +200,7 @@ def _claim(folder: Path, settings: Settings) -> None:
     try:
         if marker.exists():
             before = json.loads(marker.read_text())
+            before["choices"] = tuple(before.get("choices", ()))
             differing = [
                 f"{key} {before.get(key)}, not {value}"
                 for key, value in fixed.items()

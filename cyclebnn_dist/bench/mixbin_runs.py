@@ -27,10 +27,12 @@ from cyclebnn_dist.search.selection import Strategy
 from cyclebnn_dist.search.short_training import ShortTraining
 from cyclebnn_dist.world import World, alone
 
-CLAIMED: Strategy = "grow"
+CLAIMED: Strategy = "shrink"
 RANDOM: Strategy = "random"
-SEARCHED: tuple[Strategy, ...] = (CLAIMED, "shrink", "iterative", "sensitivity", "first", "last")
+SEARCHED: tuple[Strategy, ...] = (CLAIMED, "grow", "iterative", "sensitivity", "first", "last")
 IMAGE_SIZE = 32
+FIRST_SEED = 1
+"""With seed 0, and a quarter of the steps, it was tried out which strategy to claim something for."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,26 @@ class Settings:
     steps: int
     candidate_steps: int
     random_choices: int
+    choices: tuple[str, ...]
+    """Of ``SEARCHED``; JSON makes a list of it."""
     eval_images: int
     until: float
     """No seed begins after this moment, in seconds since 1970."""
 
 
 def recipe_of(settings: Settings, seed: int) -> Recipe:
-    """The small network, its data and its training: a ResNet of four blocks, without the pool behind its stem."""
-    kwargs = {"layers": [1, 1, 1, 1], "channels": [16, 32, 48, 64], "zero_init_last": False}
+    """The small network, its data and its training: a ResNet of four blocks behind a narrow stem without a pool."""
+    kwargs = {
+        "layers": [1, 1, 1, 1],
+        "channels": [16, 32, 48, 64],
+        "stem_type": "deep",
+        "stem_width": 8,
+        "zero_init_last": False,
+    }
     return Recipe(
         run=RunConfig(dir=f"{settings.folder}/seed_{seed}/run", seed=seed, deterministic=True),
         model=ModelConfig(name="resnet18", num_classes=10, kwargs=kwargs),
-        binary=BinaryConfig(method="bireal", activation="prelu", stem_pool="none"),
+        binary=BinaryConfig(method="bireal", activation="prelu", stem_pool="none", keep_deep_stem=True),
         data=DataConfig(
             path=settings.data, format="folder", image_size=IMAGE_SIZE, threads=1, scale=(0.6, 1.0)
         ),
@@ -75,12 +85,17 @@ def recipe_of(settings: Settings, seed: int) -> Recipe:
     )
 
 
+def seeds_of(settings: Settings) -> range:
+    """The seeds that are measured."""
+    return range(FIRST_SEED, FIRST_SEED + settings.seeds)
+
+
 def choices_of(settings: Settings) -> dict[str, tuple[Strategy, int]]:
     """Strategy and seed of its randomness by name."""
     several: dict[str, tuple[Strategy, int]] = {
         f"{RANDOM}_{number}": (RANDOM, number) for number in range(settings.random_choices)
     }
-    return {**{str(name): (name, 0) for name in SEARCHED}, **several}
+    return {**{str(name): (name, 0) for name in SEARCHED if name in settings.choices}, **several}
 
 
 def measure_choices(world: World, settings: Settings) -> dict[str, Any]:
@@ -92,7 +107,7 @@ def measure_choices(world: World, settings: Settings) -> dict[str, Any]:
     worker, world = world.rank, alone(world)
     folder = Folder(Path(settings.folder), worker=worker)
     (folder.path / ".locks").mkdir(parents=True, exist_ok=True)
-    for seed in range(settings.seeds):
+    for seed in seeds_of(settings):
         if time.time() > settings.until:
             return {"stopped": True}
         recipe = recipe_of(settings, seed)
@@ -127,7 +142,7 @@ def train_choice(recipe: Recipe, world: World, pattern: Pattern, steps: int, pat
 def read_choices(settings: Settings) -> dict[int, dict[str, dict[str, Any]]]:
     """By seed and name: accuracy, loss and cost of trained choices, for seeds of which all are there."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
-    for seed in range(settings.seeds):
+    for seed in seeds_of(settings):
         root, names = Path(settings.folder), choices_of(settings)
         if all((root / result_file(seed, name)).exists() for name in names):
             found[seed] = {name: _read(root, seed, name) for name in names}

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 WORDS = {
-    "grow": "the search: real layers added by gain per cost",
-    "shrink": "the search from all real: binary layers by harm per cost",
+    "shrink": "the search: from all real, binary layers by harm per cost",
+    "grow": "the search from all binary: real layers by gain per cost",
     "iterative": "the same by plain accuracy, whatever it costs",
     "sensitivity": "one round of scores",
     "first": "the first layers real",
@@ -27,7 +27,7 @@ def render_mixbin(result: Mapping[str, Any]) -> str:
         f"{machine['device']}, {machine['cores']} cores, torch {machine['torch']}; "
         f"{result['seeds']} of {result['asked_seeds']} seeds, {result['random_choices']} random choices each",
         "",
-        f"{'choice':<13}{'cost':>7}{'accuracy %':>12}{'grow less it, points (95 %)':>33}  what it is",
+        f"{'choice':<13}{'cost':>7}{'accuracy %':>12}{'search less it, points (95 %)':>33}  what it is",
     ]
     for row in result["choices"]:
         difference = "-" if row["difference"] is None else f"{row['difference']:+.2f}"
@@ -43,7 +43,7 @@ def render_mixbin(result: Mapping[str, Any]) -> str:
     }[result["claim"]]
     lines += [
         "",
-        f"claim  the search (grow) beats random layers at equal cost, its interval above 0: {claim}",
+        f"claim  the search (shrink) beats random layers at equal cost, its interval above 0: {claim}",
     ]
     if result["stopped"]:
         more = f"; the same line goes on from {result['out']}" if result["out"] else ""

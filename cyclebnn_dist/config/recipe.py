@@ -397,9 +397,9 @@ class SearchConfig:
     """Folder of the search: scores, weights, pattern.json, pattern.png; empty: run.dir with -mixbin behind it."""
     budget: float = 0.25
     """Most that the network may cost: operations, of 64 binary ones each counts as one, over those of the real network."""
-    strategy: Literal["grow", "shrink", "iterative", "sensitivity", "random", "first", "last"] = "grow"
-    """grow: from all binary, make layers real while the budget allows; shrink: from all real, make layers binary until it
-    allows. Others are baselines: shrink by plain accuracy; one round of scores; any, the first or the last layers real."""
+    strategy: Literal["grow", "shrink", "iterative", "sensitivity", "random", "first", "last"] = "shrink"
+    """shrink: from all real, make layers binary until the budget allows; grow: from all binary, make layers real while it
+    does. Others are baselines: shrink by plain accuracy; one round of scores; any, the first or the last layers real."""
     score: Literal["accuracy", "loss"] = "accuracy"
     """What a candidate's change per cost is measured in, on images held out of the training set; the other breaks ties."""
     pretrain_steps: int = 1000

@@ -27,7 +27,7 @@ def add_search_commands(parser: argparse.ArgumentParser) -> None:
         "Candidates are shared out among all processes that run the same line: ranks of torchrun or srun, tasks of a Slurm "
         "array, on any machines that see the folder of the search. Killed, it goes on with the candidates that are missing.",
         epilog="examples:\n  cyclebnn search mixbin recipes/quickstart.yaml search.budget=0.25\n"
-        "  cyclebnn search mixbin recipes/quickstart.yaml search.strategy=shrink search.steps=200\n"
+        "  cyclebnn search mixbin recipes/quickstart.yaml search.strategy=grow search.steps=200\n"
         "  torchrun --nproc_per_node 8 -m cyclebnn_dist search mixbin RECIPE search.budget=0.25\n"
         "  sbatch --array=0-15 --wrap 'cyclebnn search mixbin RECIPE search.budget=0.25'\n"
         "  cyclebnn train RECIPE binary.pattern=runs/quickstart-mixbin/pattern.json",

@@ -71,11 +71,9 @@ class Folder:
         """
         saved = self.path / SAVED_NAME
         try:
-            if (
-                not saved.exists()
-                and self.path.exists()
-                and any(p.name != LOCKS for p in self.path.iterdir())
-            ):
+            # Listed before the recipe is looked for: another process may just be claiming the folder.
+            others = self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir())
+            if others and not saved.exists():
                 raise RecipeError(
                     "search.dir",
                     f"{self.path} holds something, but no {SAVED_NAME}: it is not the folder of a search",
