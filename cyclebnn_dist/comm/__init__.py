@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +14,7 @@ from cyclebnn_dist.comm.counters import Counters
 from cyclebnn_dist.comm.header import MismatchError
 from cyclebnn_dist.comm.hierarchy import HierarchicalReducer, build_nodes
 from cyclebnn_dist.comm.hook import register_hook
-from cyclebnn_dist.comm.layout import Layout, build_layout
+from cyclebnn_dist.comm.layout import Layout, Slot, build_layout
 from cyclebnn_dist.comm.reducer import Reducer
 from cyclebnn_dist.config.recipe import CommConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "Layout",
     "MismatchError",
     "Reducer",
+    "Slot",
     "build_layout",
     "build_reducer",
     "register_hook",
@@ -41,6 +42,7 @@ def build_reducer(
     device: torch.device,
     timeout_seconds: float | None = None,
     ranks_per_node: int = 1,
+    slots: Mapping[str, Slot] | None = None,
 ) -> Reducer:
     """Collective: every rank calls this. The reducer a recipe asks for, in a process group of its own.
 
@@ -52,6 +54,8 @@ def build_reducer(
         device: of the gradients: NCCL carries those of a GPU, Gloo those of a CPU.
         ranks_per_node: for ``comm.hierarchical``; ranks n * ranks_per_node and following are node n.
         timeout_seconds: after which a collective fails; None for torch's default.
+        slots: by parameter name, where a rank needs the mean of its parts alone: a reduce-scatter instead of an
+            all-reduce. Never with ``comm.hierarchical``.
     """
     layout = build_layout(
         named_parameters,
@@ -61,6 +65,7 @@ def build_reducer(
         small_numel=comm.small_numel,
         second_phase_extra_bits=comm.second_phase_extra_bits,
         ranks_per_node=ranks_per_node if comm.hierarchical else 1,
+        slots=slots,
     )
     codec = Codec(comm.codec, block_size=comm.block_size, unbiased=not comm.error_feedback)
     place: dict[str, Any] = {"rank": rank, "seed": seed, "device": device}

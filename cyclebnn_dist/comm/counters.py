@@ -15,7 +15,8 @@ class Counters:
 
     Attributes:
         sent_bytes: payload of collectives that left this rank for others, headers and padding included.
-        fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2.
+        fp32_bytes, bf16_bytes: what a ring all-reduce of the same gradients would have sent: 2 (N - 1) / N * n * 4 or 2;
+            where a rank gets its part alone, a ring reduce-scatter: half as much.
         far_bytes: the part of sent_bytes that a hierarchical all-reduce sent to other nodes.
         encode_seconds, decode_seconds: of the communication threads, one of which works at a time.
         wire_seconds: in which they handed messages over, or had nothing to do but wait for some. On a GPU all three are of
@@ -32,12 +33,14 @@ class Counters:
     wait_seconds: float = 0.0
     far_bytes: int = 0
 
-    def add_exchange(self, *, sent_bytes: int, numel: int, world_size: int, far_bytes: int = 0) -> None:
-        """Count the exchange of ``numel`` elements."""
+    def add_exchange(
+        self, *, sent_bytes: int, numel: int, world_size: int, far_bytes: int = 0, phases: Literal[1, 2] = 2
+    ) -> None:
+        """Count the exchange of ``numel`` elements: an all-reduce (2 phases) or its first half, a reduce-scatter."""
         self.far_bytes += far_bytes
         self.sent_bytes += sent_bytes
-        self.fp32_bytes += 2 * (world_size - 1) / world_size * numel * 4
-        self.bf16_bytes += 2 * (world_size - 1) / world_size * numel * 2
+        self.fp32_bytes += phases * (world_size - 1) / world_size * numel * 4
+        self.bf16_bytes += phases * (world_size - 1) / world_size * numel * 2
 
     def seconds(self) -> dict[str, float]:
         """Seconds by what they went into: encode, wire, decode, exposed (what the backward pass did not hide)."""

@@ -7,12 +7,26 @@ no part, so results, residuals and resumption do not depend on how DDP cuts the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+
+
+class Slot(NamedTuple):
+    """Where a parameter lies in a flat tensor that is cut into equal parts, one a rank (ZeRO's partitions).
+
+    Attributes:
+        group: which flat tensor.
+        offset: of the parameter's first element in it.
+        part_numel: elements of a part; rank r has those from r * part_numel on.
+    """
+
+    group: int
+    offset: int
+    part_numel: int
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,10 @@ class ParameterLayout:
 
     The last block may be incomplete. Codecs pad it with zeros: a rotation spreads its energy over the whole block,
     so that its relative error is that of any other block, and there is at most one such block a parameter.
+
+    Where a parameter has a ``slot``, ranks own what of it falls into their parts. A border between two parts may cut a
+    block, which then is owned, as a whole, by the ranks on both sides: both decode the same bytes in the same way, and
+    what an element becomes depends on no border.
     """
 
     index: int
@@ -29,6 +47,7 @@ class ParameterLayout:
     small: bool
     block_size: int
     world_size: int
+    slot: Slot | None = None
 
     @property
     def num_units(self) -> int:
@@ -39,8 +58,12 @@ class ParameterLayout:
         """The contiguous units that ``rank`` sums and sends to everyone.
 
         Shares differ by at most one unit. The first and larger ones go to the ranks from ``index`` on, so that over
-        many parameters all ranks get equally much.
+        many parameters all ranks get equally much. With a slot: the units of which the rank needs an element.
         """
+        if self.slot:
+            needed = self.needed_elements(rank)
+            size = 1 if self.small else self.block_size
+            return range(needed.start // size, -(-needed.stop // size) if needed else needed.start // size)
         place = (rank - self.index) % self.world_size
         share, extra = divmod(self.num_units, self.world_size)
         start = place * share + min(place, extra)
@@ -51,6 +74,14 @@ class ParameterLayout:
         units = self.owned_units(rank)
         size = 1 if self.small else self.block_size
         return range(min(units.start * size, self.numel), min(units.stop * size, self.numel))
+
+    def needed_elements(self, rank: int) -> range:
+        """The contiguous elements, in memory order, that fall into the part of ``rank``; all of them without a slot."""
+        if not self.slot:
+            return range(self.numel)
+        first = rank * self.slot.part_numel - self.slot.offset
+        last = first + self.slot.part_numel
+        return range(min(max(first, 0), self.numel), min(max(last, 0), self.numel))
 
 
 @dataclass(frozen=True)
@@ -64,6 +95,8 @@ class Layout:
     second_phase_extra_bits: int = 0
     ranks_per_node: int = 1
     """More than 1 where gradients are averaged within nodes first; see ``hierarchy``."""
+    scattered: bool = False
+    """Whether a rank gets the mean of its parts alone, of parameters with a slot; nothing else can be averaged then."""
 
     def bucket_digest(self, indices: Sequence[int]) -> int:
         """63-bit number that stands for the parameters of a bucket."""
@@ -89,13 +122,14 @@ class Layout:
     @cached_property
     def digest(self) -> int:
         """63-bit number, equal on ranks whose messages have the same meaning."""
-        facts = [(p.name, p.numel, p.small) for p in self.parameters]
+        facts = [(p.name, p.numel, p.small, p.slot) for p in self.parameters]
         settings = (
             self.world_size,
             self.block_size,
             self.small_bits,
             self.second_phase_extra_bits,
             self.ranks_per_node,
+            self.scattered,
         )
         text = repr((facts, settings))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
@@ -110,11 +144,16 @@ def build_layout(
     small_numel: int,
     second_phase_extra_bits: int = 0,
     ranks_per_node: int = 1,
+    slots: Mapping[str, Slot] | None = None,
 ) -> Layout:
     """The layout of parameters given as ``(name, tensor)`` in model order.
 
     Parameters with at most one dimension or fewer than ``small_numel`` elements are small.
+
+    Args:
+        slots: by parameter name, where ranks get the mean of their parts alone.
     """
+    assert slots is None or ranks_per_node == 1, "within nodes everyone gets everything"
     parameters = tuple(
         ParameterLayout(
             index=index,
@@ -123,6 +162,7 @@ def build_layout(
             small=tensor.dim() <= 1 or tensor.numel() < small_numel,
             block_size=block_size,
             world_size=world_size,
+            slot=(slots or {}).get(name),
         )
         for index, (name, tensor) in enumerate(named_parameters)
     )
@@ -133,4 +173,5 @@ def build_layout(
         small_bits=small_bits,
         second_phase_extra_bits=second_phase_extra_bits,
         ranks_per_node=ranks_per_node,
+        scattered=slots is not None,
     )

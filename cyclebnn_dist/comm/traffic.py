@@ -5,7 +5,7 @@ A bucket counts as one message to each rank, as a GPU sends it. Chunks, into whi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -47,9 +47,11 @@ def sent_bytes(layout: Layout, indices: Sequence[int], *, bits: int, codec: Code
     """What ``rank`` hands to the network for one bucket.
 
     In the first phase it keeps its own message, in the second one it sends the largest owner's size to every other rank;
-    see ``transport``.
+    see ``transport``. A scattered layout has no second phase.
     """
     sizes = message_sizes(layout, indices, bits=bits, codec=codec)
+    if layout.scattered:
+        return int(sizes.sum() - sizes[rank])
     answers = message_sizes(layout, indices, bits=layout.mean_width(bits), codec=codec)
     return int(sizes.sum() - sizes[rank] + (layout.world_size - 1) * answers.max())
 
@@ -82,8 +84,42 @@ def count_step(
             far_bytes=steps * far,
             numel=steps * numel,
             world_size=layout.world_size,
+            phases=1 if layout.scattered else 2,
         )
     return counters
+
+
+def sent_bytes_of_step(
+    layout: Layout,
+    *,
+    bits: int,
+    codec: CodecName,
+    bucket_mb: float,
+    trained: Collection[str] | None = None,
+    rank: int = 0,
+) -> int:
+    """What ``rank`` hands to the network for the gradients of a step under DeepSpeed, at any stage of ZeRO.
+
+    Which stage is in the layout: one with ``slots`` (see ``engine.zero_groups``) has the reduce-scatter of stages 1
+    and 2. The updated weights, which these stages send as well, are ``zero_groups.weight_bytes``.
+
+    Args:
+        bucket_mb: ``engine.bucket_mb``.
+        trained: names of the parameters that have gradients; None for all.
+    """
+    buckets = trained_buckets(layout, bucket_mb=bucket_mb, trained=trained)
+    return count_step(layout, buckets, bits=bits, codec=codec, rank=rank).sent_bytes
+
+
+def trained_buckets(
+    layout: Layout, *, bucket_mb: float, trained: Collection[str] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """The buckets of the DeepSpeed engine, in the order in which they leave: ``assumed_buckets`` without what has no gradient."""
+    buckets = assumed_buckets(layout, bucket_mb=bucket_mb)
+    if trained is None:
+        return buckets
+    kept = (tuple(i for i in bucket if layout.parameters[i].name in trained) for bucket in buckets)
+    return tuple(bucket for bucket in kept if bucket)
 
 
 def bucket_loads(
@@ -109,13 +145,18 @@ def assumed_buckets(layout: Layout, *, bucket_mb: float) -> tuple[tuple[int, ...
     Args:
         bucket_mb: ``engine.bucket_mb``, in MiB of fp32 gradients.
     """
+    return cut_in_buckets([parameter.numel for parameter in layout.parameters], bucket_mb=bucket_mb)
+
+
+def cut_in_buckets(numels: Sequence[int], *, bucket_mb: float) -> tuple[tuple[int, ...], ...]:
+    """Places in ``numels``, the elements of parameters in model order, by bucket: ``assumed_buckets``."""
     limit = int(bucket_mb * 2**20)
     buckets: list[tuple[int, ...]] = []
     current: list[int] = []
     held = 0
-    for parameter in reversed(layout.parameters):
-        current.append(parameter.index)
-        held += 4 * parameter.numel
+    for index in reversed(range(len(numels))):
+        current.append(index)
+        held += 4 * numels[index]
         if held >= (limit if buckets else min(limit, FIRST_BUCKET_BYTES)):
             buckets.append(tuple(current))
             current, held = [], 0
@@ -126,6 +167,9 @@ def assumed_buckets(layout: Layout, *, bucket_mb: float) -> tuple[tuple[int, ...
 
 def _units(parameter: ParameterLayout) -> np.ndarray:
     """``len(parameter.owned_units(rank))`` of every rank."""
+    if parameter.slot:
+        first, end = _slot_units(parameter)
+        return end - first
     share, extra = divmod(parameter.num_units, parameter.world_size)
     places = (np.arange(parameter.world_size) - parameter.index) % parameter.world_size
     return share + (places < extra)
@@ -137,11 +181,25 @@ def _elements(parameter: ParameterLayout) -> np.ndarray:
     Every unit is a whole block but the last, which the last rank that owns any has.
     """
     size, world_size = parameter.block_size, parameter.world_size
+    if parameter.slot:
+        first, end = _slot_units(parameter)
+        return np.minimum(end * size, parameter.numel) - np.minimum(first * size, parameter.numel)
     elements = size * _units(parameter)
     if parameter.num_units:
         last = (min(parameter.num_units, world_size) - 1 + parameter.index) % world_size
         elements[last] -= parameter.num_units * size - parameter.numel
     return elements
+
+
+def _slot_units(parameter: ParameterLayout) -> tuple[np.ndarray, np.ndarray]:
+    """First and end of ``parameter.owned_units(rank)`` of every rank, of a parameter with a slot."""
+    assert parameter.slot
+    _, offset, part_numel = parameter.slot
+    size = 1 if parameter.small else parameter.block_size
+    borders = np.arange(parameter.world_size + 1) * part_numel - offset
+    borders = borders.clip(0, parameter.numel)
+    first, end = borders[:-1], borders[1:]
+    return first // size, np.where(end > first, -(-end // size), first // size)
 
 
 def _hierarchical_bytes(
