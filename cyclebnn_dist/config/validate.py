@@ -35,6 +35,7 @@ MAY_CHANGE = frozenset(
         "comm.check_every",
         "engine.name",
         "engine.zero_stage",
+        "engine.reduce_scatter",
         "engine.bucket_mb",
         "eval.every_epochs",
         "eval.batch_size",
