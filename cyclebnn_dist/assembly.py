@@ -22,6 +22,7 @@ from cyclebnn_dist.config import RecipeError, recipe_digest, to_dict
 from cyclebnn_dist.config.recipe import EngineConfig, Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
+from cyclebnn_dist.engine.zero_groups import scatters, slots_of_optimizer
 from cyclebnn_dist.losses import Objective, build_objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
@@ -87,6 +88,9 @@ def assemble(
         seed=recipe.run.seed,
         timeout_seconds=recipe.run.collective_timeout_seconds,
         ranks_per_node=ranks_per_node(world) if recipe.comm.hierarchical else 1,
+        slots=slots_of_optimizer(model, optimizer, bucket_mb=recipe.engine.bucket_mb, world_size=world.size)
+        if scatters(recipe.engine)
+        else None,
         **place,
     )
     length = {"total_steps": run_steps, "steps_per_epoch": epoch_steps}

@@ -1,6 +1,7 @@
 """In live ranks. Without these a run could train otherwise under DeepSpeed than under DDP, or not go on from it."""
 
 import copy
+import json
 import logging
 import logging.handlers
 import math
@@ -10,18 +11,20 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from launching import TINY_RECIPE
+from launching import TINY_RECIPE, Launched
 from safetensors.torch import load_file
+from test_end_to_end import assert_same_final_state
 from test_hook import Net, same
 from torch import nn
 from worlds import make_world
 
 from cyclebnn_dist import train as train_module
 from cyclebnn_dist.comm import build_reducer
-from cyclebnn_dist.comm.traffic import sent_bytes
+from cyclebnn_dist.comm.traffic import sent_bytes_of_step
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.config.recipe import CommConfig, EngineConfig
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, zero
+from cyclebnn_dist.engine.zero_groups import slots_of_optimizer
 from cyclebnn_dist.metrics import read_journal
 from cyclebnn_dist.optimizer import DECAYS
 
@@ -43,8 +46,9 @@ def build(
     first_decay=None,
     memory_format=torch.contiguous_format,
     settings=None,
+    scatter=False,
 ):
-    """Engine and reducer of a small net; ``stage`` None is DDP."""
+    """Engine and reducer of a small net; ``stage`` None is DDP. Without ``scatter`` everyone gets the whole gradient."""
     torch.manual_seed(0)
     model = Net(spare=False).to(memory_format=memory_format)
     for name in frozen:
@@ -52,7 +56,6 @@ def build(
     comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback, hierarchical=hierarchical)
     world = make_world(rank, n)
     place = {"rank": rank, "world_size": n, "seed": 1, "device": world.device}
-    reducer = build_reducer(comm, model.named_parameters(), ranks_per_node=2, **place)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     others = {name: p for name, p in model.named_parameters() if p.requires_grad and p.ndim <= 1}
     groups = [
@@ -65,6 +68,9 @@ def build(
         made = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
     else:
         made = torch.optim.AdamW(groups, lr=0.1)
+    if scatter and stage:
+        place["slots"] = slots_of_optimizer(model, made, bucket_mb=bucket_mb, world_size=n)
+    reducer = build_reducer(comm, model.named_parameters(), ranks_per_node=2, **place)
     if stage is None:
         engine = DDPEngine(
             model, made, reducer, config=EngineConfig(bucket_mb=bucket_mb), amp=amp, device=world.device
@@ -147,36 +153,123 @@ def test_every_stage_trains_as_ddp_to_the_last_bit(ranks, way):
                 assert same(expected, found), stage
 
 
-def train_counting_bytes(rank, n, stage):
-    """Bytes of each width from the counters and from the formula, for the buckets that the reducer was given."""
-    engine, reducer = build(rank, n, stage)
-    submit, buckets = reducer.reduce_flat, []
+EXACT = {
+    "accumulating": ({}, {"bits": [32], "accumulation": 2}),
+    "clipped, bf16": ({"amp": "bf16"}, {"bits": [32], "clip": 0.5}),
+    "sgd, one bucket, a frozen head": (
+        {"optimizer": "sgd", "bucket_mb": 25.0, "frozen": ("head.weight", "head.bias")},
+        {"bits": [32]},
+    ),
+}
+
+
+@pytest.mark.parametrize("way", EXACT)
+@pytest.mark.parametrize("n", [2, 3])
+def test_at_32_bits_a_reduce_scatter_trains_as_ddp(ranks, n, way):
+    """To the last bit, unless it is clipped: the norm is another sum of the same numbers."""
+    options, training = EXACT[way]
+    training = {"steps": range(8), **training}
+    for results in ranks(n, train_all_engines, {**options, "scatter": True}, training, [1, 2]):
+        for stage in (1, 2):
+            for (norm, _, expected), (found_norm, _, found) in zip(
+                results[None], results[stage], strict=True
+            ):
+                assert found_norm == pytest.approx(norm, rel=2e-6)
+                if "clip" not in training:
+                    assert same(expected, found)
+                else:
+                    for name, tensor in expected.items():
+                        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def scatter_in_many_ways(rank, n, feedback):
+    ways = [(1, 0.01), (2, 0.01), (2, 0.004), (1, 25.0)]
+    training = {"steps": range(7), "accumulation": 2, "clip": 0.5, "overflow": 3}
+    results = {}
+    for stage, bucket_mb in ways:
+        engine, reducer = build(rank, n, stage, scatter=True, bucket_mb=bucket_mb, feedback=feedback)
+        results[stage, bucket_mb] = train(engine, reducer, rank, **training)
+        reducer.close()
+    return results
+
+
+@pytest.mark.parametrize(("n", "feedback"), [(2, True), (4, False)])
+def test_a_quantized_reduce_scatter_is_the_same_at_both_stages_for_any_buckets_and_on_all_ranks(
+    ranks, n, feedback
+):
+    found = ranks(n, scatter_in_many_ways, feedback)
+    expected = found[0][1, 0.01]
+    assert [math.isfinite(norm) for norm, _, _ in expected] == [step != 3 for step in range(7)]
+    assert same(expected[2][2], expected[3][2]), "a step that is skipped changes nothing"
+    for results in found:
+        for history in results.values():
+            for (_, _, weights), (_, _, others) in zip(expected, history, strict=True):
+                assert same(weights, others)
+            assert [norm for norm, _, _ in history] == pytest.approx(
+                [norm for norm, _, _ in expected], rel=1e-6, nan_ok=True
+            )
+
+
+def train_counting_bytes(rank, n, stage, scatter):
+    """Bytes of each width from the counters and from the formula; the parameters that were reduced in each step."""
+    engine, reducer = build(rank, n, stage, scatter=scatter)
+    submit, steps = reducer.reduce_flat, []
 
     def noted(flat, *, parameters):
-        buckets[-1].append(tuple(parameters))
+        steps[-1] += parameters
         return submit(flat, parameters=parameters)
 
     reducer.reduce_flat = noted
     found, expected = [], []
     for step, bits in enumerate(BITS):
-        buckets.append([])
+        steps.append([])
         before = reducer.counters.sent_bytes
         train(engine, reducer, rank, steps=[step], accumulation=2)
         found.append(reducer.counters.sent_bytes - before)
         expected.append(
-            sum(sent_bytes(reducer.layout, b, bits=bits, codec="hadamard", rank=rank) for b in buckets[-1])
+            sent_bytes_of_step(reducer.layout, bits=bits, codec="hadamard", bucket_mb=0.01, rank=rank)
         )
-    everything = [sorted(index for bucket in step for index in bucket) for step in buckets]
     reducer.close()
-    return found, expected, everything
+    return found, expected, steps, (reducer.counters.fp32_bytes, reducer.counters.bf16_bytes)
+
+
+@pytest.mark.parametrize(("stage", "scatter"), [(0, False), (1, False), (1, True), (2, False), (2, True)])
+def test_bytes_are_those_of_the_width_of_the_step_once_a_step(ranks, stage, scatter):
+    numel = sum(p.numel() for p in Net(spare=False).parameters())
+    for found, expected, steps, (fp32_bytes, bf16_bytes) in ranks(2, train_counting_bytes, stage, scatter):
+        assert found == expected
+        assert all(sorted(indices) == list(range(8)) for indices in steps)
+        assert sorted(BITS, key=dict(zip(BITS, found, strict=True)).__getitem__) == sorted(BITS)
+        assert fp32_bytes == 2 * bf16_bytes == len(BITS) * (1 if scatter else 2) * numel / 2 * 4
+
+
+def note_what_leaves_before_the_pass_ends(rank, n, stage):
+    """Per pass: the buckets that were handed over before the gradient of the first layer was there, and all of them."""
+    engine, reducer = build(rank, n, stage, scatter=True)
+    submit, left, early = reducer.reduce_flat, [], []
+
+    def noted(flat, *, parameters):
+        left.append(tuple(parameters))
+        return submit(flat, parameters=parameters)
+
+    reducer.reduce_flat = noted
+    first = engine.module.stem.weight
+    first.register_hook(lambda gradient: early.append(list(left)))
+    train(engine, reducer, rank, steps=[0], accumulation=2)
+    waited = reducer.counters.wait_seconds
+    reducer.close()
+    return early, left, waited
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bytes_are_those_of_the_width_of_the_step_once_a_step(ranks, stage):
-    for found, expected, everything in ranks(2, train_counting_bytes, stage):
-        assert found == expected
-        assert all(indices == list(range(8)) for indices in everything)
-        assert sorted(BITS, key=dict(zip(BITS, found, strict=True)).__getitem__) == sorted(BITS)
+def test_buckets_leave_during_the_last_backward_pass_and_in_one_order(ranks, stage):
+    found = ranks(2, note_what_leaves_before_the_pass_ends, stage)
+    for (accumulating, last), left, waited in found:
+        assert accumulating == []
+        assert 0 < len(last) < len(left)
+        assert left == found[0][1]
+        assert left[: len(last)] == last
+        assert waited > 0
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
@@ -243,23 +336,28 @@ def test_another_engine_goes_on_as_if_nothing_had_been(ranks, n, first, second):
             assert same(parameters, parameters_after)
 
 
-def state_of_another_world(rank, n, stage, carried):
-    engine, reducer = build(rank, n, stage)
+def state_of_another_world(rank, n, stage, carried, weights):
+    """The optimizer's state after loading; the weights after a step at learning rate 0, which every owner makes."""
+    engine, reducer = build(rank, n, stage, scatter=True)
+    engine.module.load_state_dict(weights, strict=False)
     engine.load_state_dict(carried)
-    state = engine.state_dict()
+    state = copy.deepcopy(engine.state_dict())
+    ((_, _, after),) = train(engine, reducer, rank, steps=[0], lr=0.0)
     reducer.close()
-    return state["optimizer"]
+    return state["optimizer"], after
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_the_optimizers_state_outlives_a_change_of_the_number_of_ranks(ranks, stage):
-    expected = ranks(2, change_engine, stage, stage, {}, {})[0][2]
+def test_weights_and_state_outlive_a_change_of_the_number_of_ranks(ranks, stage):
+    history, _, expected = ranks(2, change_engine, stage, stage, {}, {})[0]
+    weights = history[-1][2]
     for n in (1, 4):
-        found = ranks(n, state_of_another_world, stage, expected)[0]
+        found, after = ranks(n, state_of_another_world, stage, expected, weights)[0]
         assert found.keys() == expected["optimizer"].keys()
         for name, entries in expected["optimizer"].items():
             assert entries.keys() == {"step", "exp_avg", "exp_avg_sq"}
             assert all(torch.equal(value, found[name][key]) for key, value in entries.items())
+        assert same(weights, after)
 
 
 def train_with_overflow(rank, n, stage):
@@ -299,10 +397,10 @@ def test_parameters_without_a_gradient_are_named(ranks, stage):
 def test_another_deepspeed_is_refused_by_name(monkeypatch):
     with pytest.raises(RecipeError, match=r"0\.19\.9 is installed.*tested with 0\.19\.8"):
         zero.check_version("0.19.9")
-    deepspeed = zero.open_deepspeed(torch.device("cpu"))
-    monkeypatch.setitem(zero.SIGNATURES, "DeepSpeedZeroOptimizer.average_tensor", ("self", "tensor"))
-    with pytest.raises(RecipeError, match=r"average_tensor is .*communication_data_type"):
-        zero.check_signatures(deepspeed)
+    zero.open_deepspeed(torch.device("cpu"))
+    monkeypatch.setitem(zero.SIGNATURES, "DeepSpeedZeroOptimizer.process_gradients", ("self", "param"))
+    with pytest.raises(RecipeError, match=r"process_gradients is .*'i'"):
+        zero.check_signatures()
 
 
 def open_with_another_version_on_one_rank(rank, n):
@@ -329,8 +427,11 @@ def recipe_file(tmp_path, tiny_data):
     return path
 
 
-def under(stage):
-    return ["engine.name=ddp"] if stage is None else ["engine.name=deepspeed", f"engine.zero_stage={stage}"]
+def under(stage, *, scatter=False):
+    if stage is None:
+        return ["engine.name=ddp"]
+    scatters = f"engine.reduce_scatter={str(scatter).lower()}"
+    return ["engine.name=deepspeed", f"engine.zero_stage={stage}", scatters]
 
 
 def run(rank, size, path, overrides, stop_after=None):
@@ -413,11 +514,43 @@ def test_a_run_changes_engine_between_lives_and_says_so(ranks, recipe_file):
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
 
 
+def test_killed_under_zero_and_resumed_equals_the_undisturbed_run(tmp_path, tiny_data):
+    """Reduce-scattered at cyclic widths, with residuals; a rank is killed by the system."""
+    launched = []
+
+    def start(name):
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(TINY_RECIPE.format(run_dir=tmp_path / name, data=tiny_data))
+        launched.append(Launched(recipe, tmp_path / name, ranks=2, overrides=tuple(under(2, scatter=True))))
+        return launched[-1]
+
+    try:
+        undisturbed, killed = start("undisturbed"), start("killed")
+        killed.wait_for_step(3, seconds=240)
+        killed.kill_rank(1)
+        assert killed.wait(seconds=120)[0] == 1
+        assert undisturbed.wait(seconds=240)[0] == 0
+        status, output = start("killed").wait(seconds=240)
+        assert status == 0, output
+        assert "resuming from the checkpoint of step" in output
+    finally:
+        for one in launched:
+            if not one.ended:
+                one.end()
+    assert_same_final_state(tmp_path / "undisturbed", tmp_path / "killed")
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("undisturbed", "killed")
+    ]
+    for key in ("steps", "bits", "sent_bytes", "fp32_bytes", "eval_top1"):
+        assert summaries[0][key] == summaries[1][key], key
+
+
 def test_another_number_of_ranks_goes_on_under_zero(ranks, recipe_file):
-    assert ranks(4, run, recipe_file, under(2), 3) == [train_module.PREEMPTED] * 4
-    assert ranks(2, run, recipe_file, under(1)) == [0, 0]
+    assert ranks(4, run, recipe_file, under(2, scatter=True), 3) == [train_module.PREEMPTED] * 4
+    assert ranks(2, run, recipe_file, under(1), 3) == [train_module.PREEMPTED] * 2
+    assert ranks(2, run, recipe_file, under(1, scatter=True)) == [0, 0]
     starts = [row for row in read_journal(recipe_file.parent / "run") if row["event"] == "start"]
-    assert [row["ranks"] for row in starts] == [4, 2]
+    assert [row["ranks"] for row in starts] == [4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -426,6 +559,16 @@ def test_another_number_of_ranks_goes_on_under_zero(ranks, recipe_file):
         (["engine.zero_stage=1"], "engine.zero_stage", "shares out nothing"),
         (under(3), "engine.zero_stage", "whole weights"),
         ([*under(1), "optim.name=lamb"], "optim.name", "whole parameter"),
+        (
+            [*under(2, scatter=True), "comm.hierarchical=true", "comm.error_feedback=false"],
+            "comm.hierarchical",
+            "no rank but its owner",
+        ),
+        (
+            [*under(1, scatter=True), "comm.second_phase_extra_bits=1"],
+            "comm.second_phase_extra_bits",
+            "no rank but its owner",
+        ),
         ([*under(2), "model.channels_last=true"], "model.channels_last", "flat tensor"),
         ([*under(0), "model.compile=true"], "model.compile", "DeepSpeed"),
         ([*under(0), "engine.find_unused_parameters=true"], "engine.find_unused_parameters", "DeepSpeed"),

@@ -18,6 +18,7 @@ from cyclebnn_dist.binary import parameter_kinds, set_widths
 from cyclebnn_dist.comm import build_reducer
 from cyclebnn_dist.config.recipe import BinaryConfig, CommConfig, ModelConfig, OptimConfig
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
+from cyclebnn_dist.engine.zero_groups import scatters, slots_of_optimizer
 from cyclebnn_dist.world import World, gather_objects, on_main
 
 LEAST_ROUNDS, MOST_ROUNDS = 3, 50
@@ -72,6 +73,11 @@ class Contender:
             world_size=world.size,
             seed=0,
             device=world.device,
+            slots=slots_of_optimizer(
+                self.model, self.optimizer, bucket_mb=settings.bucket_mb, world_size=world.size
+            )
+            if scatters(variant.engine)
+            else None,
         )
         self._engine = _build_engine(self.model, self.optimizer, self._reducer, variant=variant, world=world)
         generator = torch.Generator().manual_seed(world.rank)

@@ -1,4 +1,4 @@
-"""Gradient communication: the quantized all-reduce and its hook for DistributedDataParallel."""
+"""Gradient communication: the quantized all-reduce, its first half alone, and its hook for DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from cyclebnn_dist.comm.hierarchy import HierarchicalReducer, build_nodes
 from cyclebnn_dist.comm.hook import register_hook
 from cyclebnn_dist.comm.layout import Layout, Slot, build_layout
 from cyclebnn_dist.comm.reducer import Reducer
+from cyclebnn_dist.comm.scatter import ScatterReducer
 from cyclebnn_dist.config.recipe import CommConfig
 
 __all__ = [
@@ -71,11 +72,12 @@ def build_reducer(
     place: dict[str, Any] = {"rank": rank, "seed": seed, "device": device}
     if world_size == 1:
         return Reducer(layout, codec, group=None, **place)
-    codec.warm_up(device)
+    codec.warm_up(device, rotating=comm.error_feedback or layout.scattered)
     timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     group = dist.new_group(backend=backend, timeout=timeout)
     if layout.ranks_per_node > 1:
         nodes = build_nodes(layout, rank=rank, backend=backend, timeout=timeout)
         return HierarchicalReducer(layout, codec, group=group, nodes=nodes, **place)
-    return Reducer(layout, codec, group=group, error_feedback=comm.error_feedback, **place)
+    kind = ScatterReducer if layout.scattered else Reducer
+    return kind(layout, codec, group=group, error_feedback=comm.error_feedback, **place)

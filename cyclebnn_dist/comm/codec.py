@@ -99,8 +99,12 @@ class Codec:
         """Bytes a message holds per block beside its codes."""
         return scale_bytes(self.name, bits)
 
-    def warm_up(self, device: torch.device) -> None:
-        """Compile the kernels for ``device`` by encoding one block; the rotation by itself serves error feedback only."""
+    def warm_up(self, device: torch.device, *, rotating: bool) -> None:
+        """Compile the kernels for ``device`` by encoding one block.
+
+        Args:
+            rotating: whether rows will be rotated by themselves, as error feedback and a reduce-scatter do.
+        """
         size = self.block_size
         flat, rows = torch.ones(size, device=device), torch.zeros(1, size, device=device)
         zero = torch.zeros(1, dtype=torch.int64, device=device)
@@ -110,7 +114,7 @@ class Codec:
             self.encode_pieces(flat, pieces, message, bits=bits, words=(0, 0), phase=1)
             self.add_pieces(message, pieces, rows, bits=bits)
             self.decode_pieces(message, pieces, flat, bits=bits, words=(0, 0))
-        if not self.unbiased:
+        if rotating:
             self.rotate_rows(rows, pieces, bits=1, words=(0, 0))
 
     def encode(self, x: torch.Tensor, bits: int, key: BlockKey) -> tuple[torch.Tensor, torch.Tensor]:

@@ -277,45 +277,14 @@ class Reducer:
         flat, loss_scale = chunk.flat, chunk.loss_scale
         plan = self._plan(chunk.parameters, chunk.bits)
         answers = self._plan(chunk.parameters, self.layout.mean_width(chunk.bits))
-        world_size, own_size = self.layout.world_size, plan.sizes[self._rank]
+        world_size = self.layout.world_size
         words = step_words(self._seed, chunk.step)
         codec, feedback, timing = self.codec, self._feedback, self.counters.timing
 
         with timing("wire"):
-            incoming = scratch.get("incoming", world_size * own_size, torch.uint8)
             gathered = scratch.get("gathered", world_size * answers.padded_size, torch.uint8)
-            gradients = Transfer(incoming, rank=self._rank, group=group, tag=chunk.tag)
             means = Transfer(gathered, rank=self._rank, group=group, tag=chunk.tag + 1)
-        with timing("encode"):
-            gradient = flat
-            if flat.dtype != torch.float32:
-                gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
-            feedback.add_to_gradients(gradient, plan, loss_scale=loss_scale)
-            outgoing = scratch.get("outgoing", sum(plan.sizes), torch.uint8)
-            encode_share(
-                codec,
-                (gradient, gradient),
-                plan.outgoing,
-                outgoing,
-                widths=plan.widths,
-                words=words,
-                phase=1,
-            )
-            header = self._header(bits=plan.bits, bucket=plan.digest, step=chunk.step, phase=1)
-            header_bytes = as_tensor(header, flat.device)
-            for message in outgoing.split(list(plan.sizes)):
-                message[:HEADER_BYTES] = header_bytes
-            feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
-
-        with timing("wire"):
-            gradients.send_each(outgoing, plan.sizes)
-        with self._waiting():
-            gradients.wait()
-        messages = incoming.view(world_size, own_size)
-        self._receive(header, messages)
-
-        with timing("decode"):
-            small, wide = mean_of_shares(codec, messages, plan.own, widths=plan.widths, scratch=scratch)
+        gradient, small, wide, gradients = self._collect(chunk, plan, scratch)
 
         with timing("encode"):
             feedback.add_to_mean(wide, answers, words=words, loss_scale=loss_scale)
@@ -351,6 +320,55 @@ class Reducer:
         self.counters.add_exchange(
             sent_bytes=gradients.sent_bytes + means.sent_bytes, numel=plan.numel, world_size=world_size
         )
+
+    def _collect(
+        self, chunk: Chunk, plan: Plan, scratch: Scratch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Transfer]:
+        """Collective: every rank calls this. The first phase of one chunk.
+
+        Returns:
+            the flat gradient in fp32; the mean of this rank's small and wide pieces, fp32 ``[n, block_size]`` in the domain
+            of the codes; the transfer, which is still to be finished.
+        """
+        flat, loss_scale = chunk.flat, chunk.loss_scale
+        assert self._group is not None
+        words = step_words(self._seed, chunk.step)
+        codec, feedback, timing = self.codec, self._feedback, self.counters.timing
+
+        with timing("wire"):
+            incoming = scratch.get("incoming", self.layout.world_size * plan.sizes[self._rank], torch.uint8)
+            gradients = Transfer(incoming, rank=self._rank, group=self._group, tag=chunk.tag)
+        with timing("encode"):
+            gradient = flat
+            if flat.dtype != torch.float32:
+                gradient = scratch.get("gradient", plan.numel, torch.float32).copy_(flat)
+            feedback.add_to_gradients(gradient, plan, loss_scale=loss_scale)
+            outgoing = scratch.get("outgoing", sum(plan.sizes), torch.uint8)
+            encode_share(
+                codec,
+                (gradient, gradient),
+                plan.outgoing,
+                outgoing,
+                widths=plan.widths,
+                words=words,
+                phase=1,
+            )
+            header = self._header(bits=plan.bits, bucket=plan.digest, step=chunk.step, phase=1)
+            header_bytes = as_tensor(header, flat.device)
+            for message in outgoing.split(list(plan.sizes)):
+                message[:HEADER_BYTES] = header_bytes
+            feedback.keep_gradient_errors(gradient, outgoing, plan, words=words, loss_scale=loss_scale)
+
+        with timing("wire"):
+            gradients.send_each(outgoing, plan.sizes)
+        with self._waiting():
+            gradients.wait()
+        messages = incoming.view(self.layout.world_size, -1)
+        self._receive(header, messages)
+
+        with timing("decode"):
+            small, wide = mean_of_shares(codec, messages, plan.own, widths=plan.widths, scratch=scratch)
+        return gradient, small, wide, gradients
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:

@@ -47,8 +47,8 @@ def reshard_gradient_errors(
 def reshard_mean_errors(
     layout: Layout, *, rank: int, old_size: int, read: ReadResiduals
 ) -> dict[str, torch.Tensor]:
-    """Residuals (fp32) of the slices of the mean that ``rank`` owns, for all wide parameters of ``layout``."""
-    wide = [p for p in layout.parameters if not p.small]
+    """Residuals (fp32) of the slices of the mean that ``rank`` owns in an all-reduce, for all wide parameters of ``layout``."""
+    wide = [replace(p, slot=None) for p in layout.parameters if not p.small]
     slices = {p.name: torch.zeros(len(p.owned_elements(rank))) for p in wide}
     for old_rank in range(old_size):
         errors = read(old_rank, "mean")

@@ -4,11 +4,15 @@ Each rank keeps the error of the gradients it sent (a full tensor a parameter) a
 slice of a parameter). They are keyed by parameter and kept in units of the unscaled gradient, so they survive changes
 of width, loss scale and bucket. What an exchange leaves behind counts only once the step has turned out finite in
 every bucket: on a step that is skipped, the residuals stay as they were before it.
+
+A scattered layout has no mean that is sent, and residuals of gradients alone. Where a run goes from an all-reduce to it,
+each rank adds what it owes to its slice of the mean, times the number of ranks, to what it owes to its own gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -121,7 +125,11 @@ class ErrorFeedback:
         self._rank = rank
         self._errors: State = {
             "gradient": {p.name: torch.zeros(p.numel, device=device) for p in wide},
-            "mean": {p.name: torch.zeros(len(p.owned_elements(rank)), device=device) for p in wide},
+            "mean": {
+                p.name: torch.zeros(len(p.owned_elements(rank)), device=device)
+                for p in wide
+                if not layout.scattered
+            },
         }
         # What the present step leaves behind is written beside, and takes their place when the step is applied.
         self._next: State = {
@@ -216,6 +224,10 @@ class ErrorFeedback:
             RuntimeError: if a residual is missing or has another length.
         """
         for kind, errors in self._errors.items():
+            if kind == "mean" and not state.get(kind):  # written by a run that was scattered: nothing is owed
+                for error in errors.values():
+                    error.zero_()
+                continue
             for name, error in errors.items():
                 loaded = state.get(kind, {}).get(name)
                 if loaded is None or loaded.shape != error.shape:
@@ -225,6 +237,8 @@ class ErrorFeedback:
                         "written with another number of ranks or other comm settings"
                     )
                 error.copy_(loaded)
+        if self._layout.scattered:
+            self._take_over_mean_errors(state.get("mean", {}))
 
     def reshard(self, old_size: int, read: ReadResiduals) -> None:
         """Take over what ``old_size`` ranks kept: what is owed to the averaged gradient stays the same."""
@@ -235,6 +249,15 @@ class ErrorFeedback:
                 "mean": reshard_mean_errors(self._layout, **settings),
             }
         )
+
+    def _take_over_mean_errors(self, errors: Mapping[str, torch.Tensor]) -> None:
+        """Owe to this rank's gradient what it owed to its slices of the mean, as an all-reduce cuts them."""
+        for parameter in self._layout.parameters:
+            error = errors.get(parameter.name)
+            if error is not None and not parameter.small:
+                owned = replace(parameter, slot=None).owned_elements(self._rank)
+                own = self._errors["gradient"][parameter.name][owned.start : owned.stop]
+                own.add_(error.to(own.device), alpha=self._layout.world_size)
 
     def _note(
         self, kind: str, name: str, *, wanted: torch.Tensor, sent: torch.Tensor | None, loss_scale: float

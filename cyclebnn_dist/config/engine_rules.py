@@ -47,6 +47,8 @@ def check_engine(recipe: Recipe) -> None:
             f"true beside engine.zero_stage={stage}, which keeps weights one after the other in a flat tensor",
             "set it to false, or engine.zero_stage=0",
         )
+    if stage and engine.reduce_scatter:
+        check_reduce_scatter(recipe)
     for key, wanted in [
         ("engine.find_unused_parameters", engine.find_unused_parameters),
         ("model.compile", recipe.model.compile),
@@ -54,4 +56,23 @@ def check_engine(recipe: Recipe) -> None:
         if wanted:
             raise RecipeError(
                 key, "has no meaning yet under DeepSpeed", "set it to false, or engine.name=ddp"
+            )
+
+
+def check_reduce_scatter(recipe: Recipe) -> None:
+    """Refuse what belongs to the second half of an all-reduce, which a reduce-scatter does not have.
+
+    Raises:
+        RecipeError: naming the key, the reason and the cure.
+    """
+    for key, wanted in [
+        ("comm.hierarchical", recipe.comm.hierarchical),
+        ("comm.second_phase_extra_bits", recipe.comm.second_phase_extra_bits > 0),
+    ]:
+        if wanted:
+            raise RecipeError(
+                key,
+                f"stands beside engine.reduce_scatter=true at engine.zero_stage={recipe.engine.zero_stage}, "
+                "which sends each mean to no rank but its owner",
+                "leave it out, or set engine.reduce_scatter=false for a whole all-reduce",
             )

@@ -369,6 +369,8 @@ class EngineConfig:
     """ddp: torch DistributedDataParallel; deepspeed: ZeRO, at stage zero_stage."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """Of DeepSpeed: what ranks share out among them; 0: nothing, 1: optimizer state, 2: also averaged gradients."""
+    reduce_scatter: bool = True
+    """At zero_stage 1 and 2: send a rank the gradients of its own part alone; false: all, as DDP, to the last bit."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MiB."""
     find_unused_parameters: bool = False

@@ -40,6 +40,7 @@ MAY_CHANGE = SEARCH_KEYS | frozenset(
         "comm.check_every",
         "engine.name",
         "engine.zero_stage",
+        "engine.reduce_scatter",
         "engine.bucket_mb",
         "engine.deepspeed",
         "eval.every_epochs",

@@ -18,7 +18,7 @@ from cyclebnn_dist.comm import Layout, Reducer, Slot, build_layout
 from cyclebnn_dist.comm.traffic import trained_buckets
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.engine.ddp import DDPEngine
-from cyclebnn_dist.engine.zero_groups import build_slots
+from cyclebnn_dist.engine.zero_groups import scatters, slots_of_optimizer
 from cyclebnn_dist.losses import kurtosis_penalty
 from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.precision import Widths
@@ -60,7 +60,7 @@ def foretell_layout(model: nn.Module, recipe: Recipe, *, world_size: int, ranks_
         small_numel=comm.small_numel,
         second_phase_extra_bits=comm.second_phase_extra_bits,
         ranks_per_node=ranks_per_node,
-        slots=None if ranks_per_node > 1 else foretell_slots(model, recipe, world_size=world_size),
+        slots=foretell_slots(model, recipe, world_size=world_size) if scatters(recipe.engine) else None,
     )
 
 
@@ -68,13 +68,10 @@ def foretell_slots(model: nn.Module, recipe: Recipe, *, world_size: int) -> dict
     """Where ZeRO will have each trained parameter, by name; None where ranks share out nothing."""
     if world_size == 1 or recipe.engine.zero_stage == 0:
         return None
-    optimizer = build_optimizer(model, recipe.optim, kinds=parameter_kinds(model))
-    return build_slots(
-        [group["names"] for group in optimizer.param_groups],
-        {name: parameter.numel() for name, parameter in model.named_parameters()},
-        bucket_mb=recipe.engine.bucket_mb,
-        world_size=world_size,
+    optimizer = build_optimizer(
+        model, recipe.optim, kinds=parameter_kinds(model), first_phase=recipe.first_phase
     )
+    return slots_of_optimizer(model, optimizer, bucket_mb=recipe.engine.bucket_mb, world_size=world_size)
 
 
 def foretell_buckets(model: nn.Module, recipe: Recipe, layout: Layout, *, widths: Widths) -> Buckets:

@@ -1,24 +1,29 @@
-"""The DeepSpeed engine: ZeRO stages 0, 1 and 2, with the quantized all-reduce in place of DeepSpeed's own reduction."""
+"""The DeepSpeed engine: ZeRO stages 0, 1 and 2, with the quantized all-reduce or reduce-scatter in place of its own reduction."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from cyclebnn_dist.comm import Reducer
-from cyclebnn_dist.comm.traffic import assumed_buckets
+from cyclebnn_dist.comm import Reducer, Slot
+from cyclebnn_dist.comm.traffic import trained_buckets
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import EngineConfig
 from cyclebnn_dist.engine import zero
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE, lower_loss_scale, refuse_fp16_on_cpu
 from cyclebnn_dist.engine.deepspeed_config import check_by_deepspeed, deepspeed_config
+from cyclebnn_dist.engine.departures import Departures
 from cyclebnn_dist.engine.partition import gather_state_by_name, load_state_by_name
+from cyclebnn_dist.engine.zero_groups import numels_of, slots_of_optimizer, split_groups, weight_bytes
 from cyclebnn_dist.optimizer import (
     forget_updates,
     load_optimizer_state_by_name,
@@ -31,14 +36,21 @@ from cyclebnn_dist.world import World, share_refusal
 log = logging.getLogger(__name__)
 
 BUCKETS_UNDER_WAY = 2
-"""Copies of buckets that exist at a time at stage 0, beside the one that is being made."""
+"""Copies of buckets that exist at a time at stage 2, beside the one that is being made."""
 
 
 class DeepSpeedEngine:
-    """See ``Engine``. Every rank sees the whole averaged gradient; from stage 1 on it updates its partition alone.
+    """See ``Engine``. Gradients are averaged once a step, bucket by bucket during the last of its backward passes.
 
-    Gradients are averaged once a step, after the last of its backward passes; at stage 2 in the midst of that pass,
-    unless gradients of earlier passes wait to be averaged with it.
+    From stage 1 on a rank updates its partition alone. If ``reducer`` scatters, it sees the averaged gradient of that
+    partition alone, and what it becomes is
+
+    - with 32 bits, element for element that of an all-reduce, and so of DDP: the mean is never encoded, and fp32 holds it;
+    - with 16 bits and fewer, another and more exact one: it lacks the second of an all-reduce's two roundings;
+    - at any width the same for any size of buckets, and for any borders of partitions.
+
+    Its norm is summed over ranks in fp64, exactly, and agrees with DDP's to the precision of fp32. If ``reducer``
+    does not scatter, everything is DDP's to the last bit. At stage 0 every rank sees the whole averaged gradient.
     """
 
     def __init__(
@@ -68,6 +80,10 @@ class DeepSpeedEngine:
         told = deepspeed_config(config)
         deepspeed = open_everywhere(world, told)
         layouts = [parameter.stride() for parameter in model.parameters()]
+        slots: dict[str, Slot] = {}
+        if self._stage > 0:
+            slots = slots_of_optimizer(model, optimizer, bucket_mb=config.bucket_mb, world_size=world.size)
+            split_groups(optimizer, numels_of(model), bucket_mb=config.bucket_mb)
         with zero.in_existing_groups(deepspeed, local_rank=world.device.index or 0):
             for parameter in model.parameters():
                 parameter.data = parameter.data.contiguous()
@@ -77,23 +93,39 @@ class DeepSpeedEngine:
             for parameter, stride in zip(model.parameters(), layouts, strict=True):
                 strided = torch.empty_strided(parameter.shape, stride, device=parameter.device)
                 parameter.data = strided.copy_(parameter.data)
-        zero.leave_reduction_to_caller(self._engine, average=self._average_bucket)
+        zero.leave_reduction_to_caller(self._engine)
         named = dict(model.named_parameters())
         self._parameters = [named[parameter.name] for parameter in reducer.layout.parameters]
-        self._index = {id(parameter): index for index, parameter in enumerate(self._parameters)}
-        self._trained = [i for i, parameter in enumerate(self._parameters) if parameter.requires_grad]
-        buckets = (
-            [index for index in bucket if self._parameters[index].requires_grad]
-            for bucket in assumed_buckets(reducer.layout, bucket_mb=config.bucket_mb)
+        self._trained = [p.index for p in reducer.layout.parameters if named[p.name].requires_grad]
+        self._groups = zero.partitioned_groups(self._engine, rank=world.rank) if self._stage > 0 else []
+        if self._stage > 0:
+            by_group: list[dict[nn.Parameter, Slot]] = [{} for _ in self._groups]
+            for name, slot in slots.items():
+                by_group[slot.group][named[name]] = slot
+            zero.check_slots(self._groups, by_group)
+        assert not reducer.layout.scattered or self._stage > 0
+        self._slots = [slots.get(parameter.name) for parameter in reducer.layout.parameters]
+        self._departures = Departures(
+            reducer,
+            self._parameters,
+            trained_buckets(
+                reducer.layout,
+                bucket_mb=config.bucket_mb,
+                trained={n for n, p in named.items() if p.requires_grad},
+            ),
+            deliver=self._keep_part if self._stage > 0 else self._keep_whole,
+            most_under_way=BUCKETS_UNDER_WAY if self._stage == 2 else None,
         )
-        self._buckets = [bucket for bucket in buckets if bucket]
         self._norms: dict[int, torch.Tensor] = {}
+        self._parts: list[torch.Tensor] = []
         if self._stage > 0 and world.is_main and world.size > 1:
-            numel = sum(self._parameters[index].numel() for index in self._trained)
             log.info(
-                "ZeRO stage %d: beside its gradients each rank sends %.1f MB of updated weights a step, in fp32",
+                "ZeRO stage %d: gradients are %s; beside them each rank sends %.1f MB of updated weights a step, in fp32",
                 self._stage,
-                4e-6 * numel * (world.size - 1) / world.size,
+                "reduce-scattered"
+                if reducer.layout.scattered
+                else "all-reduced (engine.reduce_scatter=false)",
+                1e-6 * weight_bytes(slots.values(), world_size=world.size),
             )
 
     def restart_optimizer(self) -> None:
@@ -120,22 +152,17 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         with self._reducer.reraising():
-            if self._stage > 0 and self._accumulating:
-                zero.hold_back_reduction(self._engine)
-            self._engine.backward(self._scaler.scale(loss), scale_wrt_gas=False)
+            loss = self._scaler.scale(loss)
             if self._accumulating:
+                self._engine.backward(loss, scale_wrt_gas=False)
                 return
             if self._stage > 0:
-                zero.reduce_held_back(self._engine)
-            else:
-                self._average_gradients()
-        absent = [self._reducer.layout.parameters[i].name for i in self._trained if i not in self._norms]
-        if absent:
-            raise RuntimeError(f"parameters that take no part in the loss: {', '.join(absent)}")
+                self._parts = [torch.zeros_like(group.partition) for group in self._groups]
+            with self._departures.leaving():
+                self._engine.backward(loss, scale_wrt_gas=False)
 
     def clip(self, max_norm: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(torch.stack([self._norms[index] for index in self._trained]))
-        norm = norm / self._scaler.get_scale()
+        norm = self._gradient_norm() / self._scaler.get_scale()
         unscale(self._scaler, self._own_gradients())
         if max_norm > 0:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
@@ -146,19 +173,20 @@ class DeepSpeedEngine:
     def step(self, *, skip: bool) -> None:
         self._reducer.finish_step(applied=not skip)
         if not skip:
+            self._take_over_weights()
+            zero.hand_over_gradients(self._engine, self._parts)
+        self._parts = []  # DeepSpeed frees one after the other
+        if not skip:
             self._engine.step()
             self._scaler.update()
-            return
-        lower_loss_scale(self._scaler)
-        if self._stage > 0:
-            zero.discard_gradients(self._engine)
+        else:
+            lower_loss_scale(self._scaler)
 
     def state_dict(self) -> dict[str, Any]:
         if self._stage == 0:
             state = optimizer_state_by_name(self._optimizer)
         else:
-            groups = zero.partitioned_groups(self._engine, rank=self._world.rank)
-            state = gather_state_by_name(self._optimizer, groups, world=self._world)
+            state = gather_state_by_name(self._optimizer, self._groups, world=self._world)
         return {"optimizer": state, "loss_scale": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -167,44 +195,48 @@ class DeepSpeedEngine:
         if self._stage == 0:
             load_optimizer_state_by_name(self._optimizer, state["optimizer"])
             return
-        groups = zero.partitioned_groups(self._engine, rank=self._world.rank)
-        for group in groups:
+        self._take_over_weights()
+        load_state_by_name(self._optimizer, self._groups, state["optimizer"], world=self._world)
+
+    def _take_over_weights(self) -> None:
+        """Update from the weights the model has now: a layer may have clamped its own in place (BNext)."""
+        for group in self._groups:
             group.partition.data.copy_(group.weights)
-        load_state_by_name(self._optimizer, groups, state["optimizer"], world=self._world)
 
     def _own_gradients(self) -> list[torch.Tensor]:
         if self._stage > 0:
-            return zero.own_gradients(self._engine)
+            return self._parts
         return [p.grad for p in self._parameters if p.grad is not None]
 
-    def _average_bucket(self, flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
-        """Collective: every rank calls this. Average a bucket of ZeRO's in place."""
-        indices = [self._index[id(parameter)] for parameter in parameters]
-        self._reducer.reduce_flat(flat, parameters=indices).wait()
-        for index, part in zip(indices, flat.split([p.numel() for p in parameters]), strict=True):
-            self._norms[index] = torch.linalg.vector_norm(part)
+    def _gradient_norm(self) -> torch.Tensor:
+        """Collective: every rank calls this. Norm of the whole averaged gradient, the same on all ranks."""
+        if not self._reducer.layout.scattered or self._world.size == 1:
+            return torch.linalg.vector_norm(torch.stack([self._norms[index] for index in self._trained]))
+        parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._parts]
+        squares = torch.stack(parts).square().sum()
+        return sum_over_ranks(squares, world=self._world).sqrt().float()
 
-    def _average_gradients(self) -> None:
-        """Collective: every rank calls this. Average ``grad`` of all parameters in place; no-one does it at stage 0."""
-        under_way: list[tuple[torch.futures.Future[torch.Tensor], list[torch.Tensor]]] = []
-        for bucket in self._buckets:
-            gradients = [
-                in_memory_order(gradient)
-                for gradient in (self._parameters[index].grad for index in bucket)
-                if gradient is not None
-            ]
-            if len(gradients) < len(bucket):
-                continue
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            under_way.append((self._reducer.reduce_flat(flat, parameters=bucket), gradients))
-            if len(under_way) > BUCKETS_UNDER_WAY:
-                write_back(*under_way.pop(0))
-        for future, gradients in under_way:
-            write_back(future, gradients)
-        for index in self._trained:
-            averaged = self._parameters[index].grad
-            if averaged is not None:
-                self._norms[index] = torch.linalg.vector_norm(averaged)
+    def _keep_whole(self, index: int, average: torch.Tensor, shaped: torch.Tensor) -> None:
+        """Stage 0: the averaged gradient becomes ``grad`` again."""
+        self._parameters[index].grad = shaped
+        self._norms[index] = torch.linalg.vector_norm(shaped)
+
+    def _keep_part(self, index: int, average: torch.Tensor, shaped: torch.Tensor) -> None:
+        """Stages 1 and 2: what of it falls into this rank's partition is kept, for ``hand_over_gradients``."""
+        layout, slot = self._reducer.layout, self._slots[index]
+        assert slot is not None
+        if not layout.scattered or self._world.size == 1:
+            self._norms[index] = torch.linalg.vector_norm(average)
+        needed = replace(layout.parameters[index], slot=slot).needed_elements(self._world.rank)
+        start = slot.offset + needed.start - self._world.rank * slot.part_numel
+        self._parts[slot.group][start : start + len(needed)] = average[needed.start : needed.stop]
+
+
+def sum_over_ranks(value: torch.Tensor, *, world: World) -> torch.Tensor:
+    """Collective: every rank calls this. Sum of a scalar of every rank, the same on all of them to the last bit."""
+    values = [torch.empty_like(value) for _ in range(world.size)]
+    dist.all_gather(values, value)
+    return torch.tensor(math.fsum(torch.stack(values).tolist()), dtype=value.dtype, device=value.device)
 
 
 def open_everywhere(world: World, told: dict[str, Any]) -> Any:
@@ -226,13 +258,6 @@ def open_everywhere(world: World, told: dict[str, Any]) -> Any:
     return deepspeed
 
 
-def write_back(future: torch.futures.Future[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Wait for an averaged bucket and copy it to where its gradients came from."""
-    parts = future.wait().split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view(gradient.shape))
-
-
 def unscale(scaler: torch.amp.GradScaler, gradients: Sequence[torch.Tensor]) -> None:
     """Divide gradients by the loss scale in place, and let the scaler note whether they are finite, as for an optimizer's.
 
@@ -246,9 +271,3 @@ def unscale(scaler: torch.amp.GradScaler, gradients: Sequence[torch.Tensor]) -> 
         holder.grad = gradient
         holders.append(holder)
     scaler.unscale_(SimpleNamespace(param_groups=[{"params": holders}]))  # type: ignore[arg-type]
-
-
-def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of a dense tensor whose dimensions go from the widest stride to the narrowest, as DDP lays out its buckets."""
-    strides = tensor.stride()
-    return tensor.permute(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))

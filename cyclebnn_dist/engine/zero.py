@@ -1,8 +1,8 @@
 """ZeRO: everything without a public name in DeepSpeed that this project touches, behind a check of its version and shape.
 
-Nobody can give DeepSpeed a communication hook, so its bucket reduction is replaced where all its buckets pass:
-``DeepSpeedZeroOptimizer.average_tensor``, which averages a flat bucket over ranks. What it leaves in the bucket is taken
-for the mean; each rank keeps what falls into its partition.
+Nobody can give DeepSpeed a communication hook, so it is kept from reducing anything: backward passes only add to ``grad``,
+and before an update every group of the optimizer is handed its averaged gradient in one flat tensor, which DeepSpeed has a
+place for because its compiler passes fill it too (``GradPartitionBufferGroup``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,35 +22,30 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cyclebnn_dist.comm import Slot
 from cyclebnn_dist.config import RecipeError
 
 TESTED_VERSIONS = ("0.19.8",)
 """Versions of DeepSpeed this module has run with; others are refused, for what it touches may change in any of them."""
 
 SIGNATURES = {
-    "DeepSpeedZeroOptimizer.average_tensor": ("self", "tensor", "communication_data_type"),
-    "DeepSpeedZeroOptimizer.zero_grad": ("self", "set_to_none"),
-    "DeepSpeedZeroOptimizer._release_preflattened_grad_buffers": ("self", "group_idx"),
-    "DeepSpeedEngine._flush_coalesced_reduction_zero12": ("self", "optimizer"),
+    "DeepSpeedZeroOptimizer._get_preflattened_grad_partition": ("self", "group_idx"),
+    "DeepSpeedZeroOptimizer.process_gradients": ("self", "param", "i"),
+    "GradPartitionBufferGroup.__init__": ("self", "grad_buffers", "flat_partition"),
 }
-"""Parameters of the methods that are called or replaced."""
+"""Parameters of the methods that are called, or count on what is changed here."""
 
-ENGINE_ATTRIBUTES = ("enable_backward_allreduce", "inside_no_sync_ctxt")
+ENGINE_ATTRIBUTES = ("enable_backward_allreduce",)
 CONFIG_ATTRIBUTES = ("torch_autocast_enabled", "torch_autocast_dtype")
 OPTIMIZER_ATTRIBUTES = (
     "_coalesce_grad_reduction",
-    "all_grad_tensors",
     "averaged_gradients",
     "bit16_groups",
-    "ipg_buckets",
     "parallel_partitioned_bit16_groups",
     "partition_size",
     "round_robin_bit16_offsets",
     "single_partition_of_fp32_groups",
 )
-
-Average = Callable[[torch.Tensor, Sequence[nn.Parameter]], None]
-"""Average a flat bucket of the gradients of parameters, one after the other, over ranks, in place."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class PartitionedGroup:
     """A parameter group, one after the other in a flat tensor of which each rank updates an equal part.
 
     Attributes:
-        parameters: in their order in the flat tensor; the model's weights are views of it.
+        parameters: in their order in the flat tensor, which is that of the group; the model's weights are views of it.
         offsets: of each parameter, in elements.
         partition: fp32 [partition_size]: the weights this rank updates, and the optimizer's only parameter of the group.
         weights: the same part of the model's own weights.
@@ -88,7 +83,7 @@ def open_deepspeed(device: torch.device) -> Any:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.WARNING)
-    check_signatures(deepspeed)
+    check_signatures()
     # DeepSpeed gathers weights under the name that torch 2.13 is about to change.
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     # Its only use is DeepSpeed's own all-reduce on CPUs, and it takes a C++ compiler half a minute.
@@ -106,7 +101,7 @@ def check_version(version: str) -> None:
         raise _refusal(f"DeepSpeed {version} is installed")
 
 
-def check_signatures(deepspeed: Any) -> None:
+def check_signatures() -> None:
     """Refuse a DeepSpeed in which a method of ``SIGNATURES`` is missing or takes other parameters.
 
     Raises:
@@ -114,8 +109,8 @@ def check_signatures(deepspeed: Any) -> None:
     """
     stages = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
     owners = {
-        "DeepSpeedEngine": deepspeed.DeepSpeedEngine,
         "DeepSpeedZeroOptimizer": stages.DeepSpeedZeroOptimizer,
+        "GradPartitionBufferGroup": getattr(stages, "GradPartitionBufferGroup", None),
     }
     for path, expected in SIGNATURES.items():
         owner, name = path.split(".")
@@ -163,22 +158,13 @@ def autocast_forward(engine: Any, dtype: torch.dtype | None) -> None:
     settings.torch_autocast_enabled, settings.torch_autocast_dtype = dtype is not None, dtype
 
 
-def leave_reduction_to_caller(engine: Any, *, average: Average) -> None:
-    """Replace every average over ranks that DeepSpeed would take: at stage 0 by nothing, at 1 and 2 by ``average``."""
+def leave_reduction_to_caller(engine: Any) -> None:
+    """Keep DeepSpeed from averaging anything: backward passes only add to ``grad``, at all stages."""
     _check_attributes(engine, ENGINE_ATTRIBUTES)
-    if not engine.zero_optimization():
-        engine.enable_backward_allreduce = False
-        return
-    optimizer = engine.optimizer
-    _check_attributes(optimizer, OPTIMIZER_ATTRIBUTES)
-
-    def average_tensor(tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
-        bucket = optimizer.ipg_buckets[communication_data_type]
-        parameters = [optimizer.bit16_groups[group][index] for group, index, _ in bucket.params]
-        if parameters:
-            average(tensor, parameters)
-
-    optimizer.average_tensor = average_tensor
+    engine.enable_backward_allreduce = False
+    if engine.zero_optimization():
+        _check_attributes(engine.optimizer, OPTIMIZER_ATTRIBUTES)
+        engine.optimizer._coalesce_grad_reduction = True
 
 
 def _check_attributes(owner: Any, names: Sequence[str]) -> None:
@@ -187,35 +173,11 @@ def _check_attributes(owner: Any, names: Sequence[str]) -> None:
         raise _refusal(f"DeepSpeed's {type(owner).__name__} has no {', '.join(missing)}")
 
 
-def hold_back_reduction(engine: Any) -> None:
-    """From now on backward passes only add to ``grad``, at stages 1 and 2."""
-    engine.inside_no_sync_ctxt = True
-    engine.optimizer._coalesce_grad_reduction = True
-
-
-def reduce_held_back(engine: Any) -> None:
-    """Collective: every rank calls this. Reduce what has been held back, if anything has."""
-    if not engine.inside_no_sync_ctxt:
-        return
-    engine.inside_no_sync_ctxt = False
-    engine.optimizer._coalesce_grad_reduction = False
-    engine.optimizer.set_gradient_accumulation_boundary(True)
-    engine._flush_coalesced_reduction_zero12(engine.optimizer)
-
-
-def own_gradients(engine: Any) -> list[torch.Tensor]:
-    """The averaged gradients that fall into this rank's partitions, in pieces, which the next step applies."""
-    return [piece for pieces in engine.optimizer.averaged_gradients.values() for piece in pieces]
-
-
-def discard_gradients(engine: Any) -> None:
-    """Forget the gradients of a step that is not applied."""
-    optimizer = engine.optimizer
-    optimizer.zero_grad(set_to_none=True)
-    optimizer._release_preflattened_grad_buffers()
-    for index in optimizer.averaged_gradients:
-        optimizer.averaged_gradients[index] = None
-        optimizer.all_grad_tensors[index] = None
+def hand_over_gradients(engine: Any, gradients: Sequence[torch.Tensor]) -> None:
+    """Let the next step apply these: of each group of the optimizer fp32 [partition_size], averaged, this rank's part."""
+    stages: Any = importlib.import_module("deepspeed.runtime.zero.stage_1_and_2")
+    for index, gradient in enumerate(gradients):
+        engine.optimizer.averaged_gradients[index] = stages.GradPartitionBufferGroup([gradient], gradient)
 
 
 def partitioned_groups(engine: Any, *, rank: int) -> list[PartitionedGroup]:
@@ -233,3 +195,18 @@ def partitioned_groups(engine: Any, *, rank: int) -> list[PartitionedGroup]:
             strict=True,
         )
     ]
+
+
+def check_slots(groups: Sequence[PartitionedGroup], slots: Sequence[Mapping[nn.Parameter, Slot]]) -> None:
+    """Refuse a ZeRO that lays out the parameters of a group otherwise than was supposed when ranks' parts were agreed on.
+
+    Raises:
+        RecipeError: naming the group.
+    """
+    for number, (group, expected) in enumerate(zip(groups, slots, strict=True)):
+        size = group.partition.numel()
+        found = {p: Slot(number, o, size) for p, o in zip(group.parameters, group.offsets, strict=True)}
+        if found != dict(expected):
+            raise _refusal(
+                f"DeepSpeed's partition of group {number} of the optimizer is not the expected one"
+            )

@@ -13,15 +13,35 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from cyclebnn_dist.comm.layout import Slot
 from cyclebnn_dist.comm.traffic import cut_in_buckets
+from cyclebnn_dist.config.recipe import EngineConfig
 
 ALIGNMENT = 2
 """Elements that ZeRO makes each part a multiple of."""
 
 WEIGHT_BYTES = 4
 """Of an updated weight, which travels in fp32."""
+
+
+def scatters(config: EngineConfig) -> bool:
+    """Whether gradients are reduce-scattered instead of all-reduced."""
+    return config.name == "deepspeed" and config.zero_stage > 0 and config.reduce_scatter
+
+
+def slots_of_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, bucket_mb: float, world_size: int
+) -> dict[str, Slot]:
+    """Where ZeRO will have each parameter, by name, for an optimizer that is still to be split."""
+    groups = [group["names"] for group in optimizer.param_groups]
+    return build_slots(groups, numels_of(model), bucket_mb=bucket_mb, world_size=world_size)
+
+
+def numels_of(model: nn.Module) -> dict[str, int]:
+    """Elements of all parameters by name, in model order."""
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
 def split_names(
