@@ -40,6 +40,7 @@ def plot_pattern(pattern: Pattern, costs: Costs, path: Path) -> None:
             panel.annotate(
                 label, (each["cost"], each["top1"]), fontsize=6, textcoords="offset points", xytext=(3, 3)
             )
+        panel.margins(x=0.15, y=0.12)
         panel.axvline(pattern.budget, color=LIMIT, linewidth=0.8, linestyle="--", label="budget")
         panel.set_xlabel("cost, of the real network's")
         panel.set_ylabel("top-1 on held-out images, %\nafter a short training")
