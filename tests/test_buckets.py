@@ -23,11 +23,9 @@ def recipe_file(tmp_path, tiny_data):
     return path
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_bytes_foretold_are_those_that_a_run_counts(ranks, recipe_file, stage):
-    if stage:
-        pytest.importorskip("cyclebnn_dist.comm.scatter", reason="gradients are not scattered yet")
-    overrides = [*under(stage), "train.accumulation=2"]
+@pytest.mark.parametrize(("stage", "scatter"), [(0, True), (1, True), (2, True), (2, False)])
+def test_bytes_foretold_are_those_that_a_run_counts(ranks, recipe_file, stage, scatter):
+    overrides = [*under(stage, scatter=scatter), "train.accumulation=2"]
     assert ranks(2, run, recipe_file, overrides) == [0, 0]
     counted = json.loads((recipe_file.parent / "run" / "summary.json").read_text())
     _, foretold = preview(load_recipe(recipe_file, overrides), length=LENGTH, ranks=2)
@@ -41,7 +39,9 @@ def test_sharing_out_sends_half_the_gradients_and_all_the_weights(recipe_file):
     """The other half of an fp32 all-reduce is the weights'; rounding to equal parts adds a few elements."""
     told = {}
     for stage in (0, 1, 2):
-        schedule, told[stage] = preview(load_recipe(recipe_file, under(stage)), length=LENGTH, ranks=4)
+        schedule, told[stage] = preview(
+            load_recipe(recipe_file, under(stage, scatter=True)), length=LENGTH, ranks=4
+        )
         assert ("weight bytes" in render_preview(schedule, told[stage])) == (stage > 0)
     assert told[0]["weight_bytes"] == 0
     assert told[1]["fp32_bytes"] == pytest.approx(told[0]["fp32_bytes"] / 2)
@@ -53,7 +53,7 @@ def test_sharing_out_sends_half_the_gradients_and_all_the_weights(recipe_file):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_plan_counts_what_the_schedule_command_counts(recipe_file, stage):
-    recipe = load_recipe(recipe_file, under(stage))
+    recipe = load_recipe(recipe_file, under(stage, scatter=True))
     clusters = parse_clusters(nodes="1,3", gpus_per_node=1, network="1gbit", intra="pcie", message_us=1.0)
     given = {"length": LENGTH, "compute_seconds": 0.1, "codec_gb_per_second": 1.0}
     described = plan_scaling(recipe, clusters, **given)

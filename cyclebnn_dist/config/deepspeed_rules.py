@@ -63,6 +63,7 @@ SET_BY_RECIPE: Mapping[str, str] = {
     "train_micro_batch_size_per_gpu": "train.global_batch_size",
     "wandb": "wandb.mode",
     "zero_optimization.reduce_bucket_size": "engine.bucket_mb",
+    "zero_optimization.reduce_scatter": "engine.reduce_scatter",
     "zero_optimization.stage": "engine.zero_stage",
 }
 """What this project tells DeepSpeed, or does in its place, by the key of the recipe that says so."""
@@ -91,7 +92,6 @@ BREAKING: Mapping[str, str] = {
     "zero_optimization.offload_optimizer": _OFFLOAD,
     "zero_optimization.offload_param": _OFFLOAD,
     "zero_optimization.overlap_comm": f"{_OWN_REDUCTION}, which overlaps by itself",
-    "zero_optimization.reduce_scatter": _OWN_REDUCTION,
     "zero_optimization.round_robin_gradients": "it moves parameters between partitions, and checkpoints store them by name",
     "zero_optimization.use_multi_rank_bucket_allreduce": _OWN_REDUCTION,
     "zero_optimization.zenflow": _OFFLOAD,

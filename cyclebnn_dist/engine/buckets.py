@@ -64,10 +64,10 @@ def foretell_layout(model: nn.Module, recipe: Recipe, *, world_size: int, ranks_
     )
 
 
-def foretell_slots(model: nn.Module, recipe: Recipe, *, world_size: int) -> dict[str, Slot] | None:
-    """Where ZeRO will have each trained parameter, by name; None where ranks share out nothing."""
+def foretell_slots(model: nn.Module, recipe: Recipe, *, world_size: int) -> dict[str, Slot]:
+    """Where ZeRO will have each trained parameter, by name; none where ranks share out nothing."""
     if world_size == 1 or recipe.engine.zero_stage == 0:
-        return None
+        return {}
     optimizer = build_optimizer(
         model, recipe.optim, kinds=parameter_kinds(model), first_phase=recipe.first_phase
     )

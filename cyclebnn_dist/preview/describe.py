@@ -115,7 +115,7 @@ def preview(recipe: Recipe, *, length: Length, ranks: int) -> tuple[Schedule, di
     if ranks > 1:
         buckets = foretell_buckets(model, recipe, layout, widths=schedule.at(0))
         counters = expected_traffic(schedule, layout, buckets, codec=recipe.comm.codec)
-        slots = foretell_slots(model, recipe, world_size=ranks) or {}
+        slots = foretell_slots(model, recipe, world_size=ranks)
         weights = weight_bytes(slots.values(), world_size=ranks)
     phases = build_phases(recipe, total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch)
     saving = training_saving(counts, schedule.counts(begin=phases.first_steps), full_steps=phases.first_steps)

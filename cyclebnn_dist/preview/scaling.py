@@ -88,7 +88,7 @@ def plan_scaling(
             bits: bucket_loads(layouts[cluster], buckets, bits=bits, codec=recipe.comm.codec)
             for bits in widths
         }
-        slots = foretell_slots(model, recipe, world_size=cluster.world_size) or {}
+        slots = foretell_slots(model, recipe, world_size=cluster.world_size)
         modes = {
             name: _predict(
                 cluster,
