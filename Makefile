@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ROUNDS ?= 100
+WORKERS ?= 2
 
 .PHONY: help install quickstart test test-long test-gpu torture lint clean
 
@@ -29,7 +30,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not long and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not long and not gpu"
 
 test-long: lint
 	$(BIN)/python -m pytest -m "not gpu"
