@@ -1,9 +1,10 @@
 """The selection: which layer is made binary or real next, and when a search ends. Pure but for what measures candidates.
 
-Budgeted greedy mixing, after MixBin (arXiv 2211.06739), whose authors published no code that could be found. From the paper: the budget is a share of the real network's FLOPs, the search is
-iterative, there are two variants, from all binary (grow) and from all real (shrink). Reconstructed here, and by no means
-sure to be theirs: the short identical training of each candidate, the score (change per change of cost, and what is done
-where it has the other sign), its ties, the fine-tuning between rounds, and what becomes of the rest of the budget.
+Budgeted greedy mixing, after MixBin (arXiv 2211.06739), whose authors published no code that could be found. From the
+paper: the budget is a share of the real network's FLOPs, and the search is iterative. From secondary notes: its two
+variants, from all binary (grow) and from all real (shrink). Reconstructed here, and by no means sure to be theirs: the
+short identical training of each candidate, the score (change per change of cost, and what is done where it has the other
+sign), its ties, the fine-tuning between rounds, and what becomes of the rest of the budget.
 """
 
 from __future__ import annotations
