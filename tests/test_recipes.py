@@ -90,16 +90,16 @@ SHORT = ("train.epochs=4", "train.global_batch_size=32", "eval.every_epochs=4")
     ("name", "overrides", "least"),
     [
         ("quickstart", ["model.kwargs={channels: [16, 32, 64, 128], zero_init_last: false}"], 18.0),
-        ("sample_bnext", ["data.image_size=32", "train.epochs=2"], 50.0),
-        ("sample_reactnet", ["data.image_size=32", "train.epochs=2", "first_phase.epochs=1"], 40.0),
+        ("sample_bnext", ["data.image_size=32"], 70.0),
+        ("sample_reactnet", ["data.image_size=32", "first_phase.epochs=2"], 60.0),
         ("sample_adabin", ["model.kwargs.channels=[16, 32, 64, 128]", "optim.lr=0.05"], 45.0),
         ("sample_bireal", ["data.image_size=32"], 35.0),
     ],
 )
 def test_a_short_run_of_a_small_recipe_learns(ranks, tmp_path, small_data, name, overrides, least):
-    """94 or 188 steps of 32 images by 2 ranks at cyclic widths; a guess among 10 classes is right for 10 %."""
+    """188 steps of 32 images by 2 ranks at cyclic widths; a guess among 10 classes is right for 10 %."""
     settings = [*SHORT, *overrides, f"data.path={small_data}", f"run.dir={tmp_path / 'run'}"]
-    assert ranks(2, run, ROOT / f"recipes/{name}.yaml", settings) == [0, 0]
+    assert ranks(2, run, ROOT / f"recipes/{name}.yaml", settings, timeout_seconds=600) == [0, 0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     widths = summary["bits"]["communication"]
     assert (widths["min"], widths["max"]) == (2, 8)
