@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import tempfile
 import traceback
@@ -12,7 +13,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import psutil
+
 CALL_SECONDS = 300.0
+
+MOST_THREADS = 48
+"""A process with more is replaced: every Gloo group that something still refers to keeps three, which wake all the time."""
 
 
 class RankFailure(AssertionError):
@@ -63,7 +69,7 @@ class RankPool:
                     outcomes[rank] = ("lost", "the process ended")
         for rank in pending.values():
             outcomes[rank] = ("lost", f"no answer within {timeout_seconds:.0f} s")
-        if any(kind != "result" for kind, _ in outcomes.values()):
+        if any(kind != "result" for kind, _ in outcomes.values()) or self._threads(n) > MOST_THREADS:
             self._replace(n)
         return [outcomes[rank] for rank in range(n)]
 
@@ -80,6 +86,10 @@ class RankPool:
             process.start()
             theirs.close()
             self._workers.append((process, ours))
+
+    def _threads(self, n: int) -> int:
+        """Threads of that of the first ``n`` processes that has most."""
+        return max(psutil.Process(process.pid).num_threads() for process, _ in self._workers[:n])
 
     def _replace(self, n: int) -> None:
         for process, pipe in self._workers[:n]:
@@ -108,4 +118,5 @@ def serve(pipe: Connection) -> None:
             dist.destroy_process_group()
         except BaseException:
             answer = ("error", traceback.format_exc())
+        gc.collect()  # engines and reducers hold their groups in cycles
         pipe.send(answer)
