@@ -89,7 +89,6 @@ SHORT = ("train.epochs=4", "train.global_batch_size=32", "eval.every_epochs=4")
 @pytest.mark.parametrize(
     ("name", "overrides", "least"),
     [
-        ("quickstart", ["model.kwargs={channels: [16, 32, 64, 128], zero_init_last: false}"], 18.0),
         ("sample_bnext", ["data.image_size=32"], 70.0),
         ("sample_reactnet", ["data.image_size=32", "first_phase.epochs=2"], 60.0),
         ("sample_adabin", ["model.kwargs.channels=[16, 32, 64, 128]", "optim.lr=0.05"], 45.0),
