@@ -18,12 +18,16 @@ import torch
 import torch.distributed as dist
 
 from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.meeting import slurm_port
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ALONE_SECONDS = 60.0
 """What collectives of a single process may take."""
+
+LISTEN_SECONDS = 60.0
+"""How long rank 0 waits for its port when another process holds it."""
 
 STRAGGLER_SECONDS = 2.0
 """How long ranks that have found a difference wait for others to come and hear of it."""
@@ -102,6 +106,7 @@ def join_world(world: World, *, timeout_seconds: float) -> World:
     if world.source == "slurm":
         import submitit.helpers
 
+        os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
@@ -142,16 +147,30 @@ def open_store(world: World, *, timeout: timedelta) -> dist.Store:
     """The key-value store at MASTER_ADDR and MASTER_PORT, which rank 0 hosts unless torchrun's agent does.
 
     Unlike torch's own rendezvous it does not wait for a full world, whose size ranks may have been told differently.
+
+    Raises:
+        RuntimeError: on rank 0, if another process holds the port and does not let go of it.
+        torch.distributed.DistError: nothing listens there within ``timeout``, or it cannot be reached.
     """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=world.rank == 0 and not hosted_by_agent,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    is_host = world.rank == 0 and not hosted_by_agent
+    until = time.monotonic() + LISTEN_SECONDS
+    store = None
+    while store is None:
+        try:
+            store = dist.TCPStore(
+                address, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True
+            )
+        except dist.DistNetworkError as error:
+            if not is_host or "EADDRINUSE" not in str(error):
+                raise
+            if time.monotonic() > until:
+                raise RuntimeError(
+                    f"port {port} of {socket.gethostname()}, where the ranks are to meet, has been taken by another process "
+                    f"for {LISTEN_SECONDS:.0f} s: start again, or choose another with MASTER_PORT"
+                ) from error
+            time.sleep(1.0)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"cyclebnn_dist/{attempt}", store)
 

@@ -20,6 +20,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
 from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED
+from cyclebnn_dist.meeting import slurm_port
 from cyclebnn_dist.preempt import listening
 from launch import snapshot
 from launch.processes import Process, arguments, is_running, look, marked, send
@@ -128,8 +129,11 @@ def prepare_rank(cuda_devices: str | None = None) -> None:
     The trainer picks its GPU by LOCAL_RANK, so CUDA_VISIBLE_DEVICES is left as the scheduler set it.
     """
     logging.getLogger("submitit").propagate = False  # it writes into the rank's log by itself
+    on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    if on_slurm:
+        os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+    if not on_slurm:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     if cuda_devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = cuda_devices

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import shlex
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import submitit
 from submitit.helpers import clean_env
 
 from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.meeting import free_port
 from launch import snapshot
 from launch.job import LAUNCHER_PID, MARK
 from launch.profile import ClusterProfile, num_tasks_per_node
@@ -224,12 +224,9 @@ def start_local(
 
 def local_environment(profile: ClusterProfile, *, tasks: int) -> dict[str, str | None]:
     """Return the variables of a local run's ranks: a free port to meet at, cores shared evenly, those of the profile."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     cores = profile.cpus_per_task or max(1, len(os.sched_getaffinity(0)) // tasks)
     return {
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)),
         LAUNCHER_PID: str(os.getpid()),
         **profile.environment,

@@ -33,7 +33,7 @@ from cyclebnn_dist.bench.gradients import (
     relative_error,
     resnet50_shapes,
 )
-from cyclebnn_dist.bench.local_ranks import free_port, launch_ranks
+from cyclebnn_dist.bench.local_ranks import launch_ranks
 from cyclebnn_dist.bench.paired import ratio_over_launches
 from cyclebnn_dist.bench.variants import all_variants, choose_variants
 from cyclebnn_dist.comm import build_reducer, reducer
@@ -41,6 +41,7 @@ from cyclebnn_dist.comm.breakeven import FASTEST
 from cyclebnn_dist.comm.levels import GAUSSIAN_DISTORTION
 from cyclebnn_dist.config.recipe import CommConfig
 from cyclebnn_dist.config.schema import hints
+from cyclebnn_dist.meeting import free_port
 from cyclebnn_dist.timm_import import timm
 
 ROOT = Path(__file__).parents[1]

@@ -11,6 +11,8 @@ import sys
 import pytest
 from launching import ROOT, TINY_RECIPE
 
+from cyclebnn_dist.meeting import free_port
+
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -32,9 +34,7 @@ sys.exit(train.main(load_recipe(Path(sys.argv[1]))))
 def test_ranks_that_wait_elsewhere_end_when_one_is_gone_and_name_it(tmp_path, tiny_data, how):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(recipe), how],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
 from cyclebnn_dist.data import EvalLoader
 from cyclebnn_dist.engine import DDPEngine
 from cyclebnn_dist.exit_status import FINISHED, INTERRUPTED, PREEMPTED
+from cyclebnn_dist.meeting import free_port
 from cyclebnn_dist.metrics import read_journal
 from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
 from cyclebnn_dist.stop_vote import StopVote
@@ -257,9 +257,7 @@ def unmet(recipe_file):
     processes = []
 
     def start(rank):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         processes.append(
             subprocess.Popen(

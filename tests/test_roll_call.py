@@ -10,6 +10,8 @@ import sys
 import pytest
 from launching import ROOT, TINY_RECIPE
 
+from cyclebnn_dist.meeting import free_port
+
 RANK = """
 import sys
 from pathlib import Path
@@ -30,13 +32,7 @@ train.main(load_recipe(Path(sys.argv[1])))
 def test_the_first_to_fail_is_named_by_the_others_with_its_reason(tmp_path, tiny_data, size):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(TINY_RECIPE.format(run_dir=tmp_path / "run", data=tiny_data))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-        }
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(recipe)],

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from launching import ROOT
 from worlds import make_world
 
 from cyclebnn_dist.config import RecipeError
+from cyclebnn_dist.meeting import free_port, slurm_port
 from cyclebnn_dist.world import all_succeed, discover_world, mean_in_rank_order, on_main, sum_over_ranks
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}
@@ -92,11 +95,9 @@ world.leave_world()
 """
 
 
-def join(sizes, libraries=("", "")):
+def join(sizes, libraries=("", ""), *, port=None):
     """What processes print that were told these sizes of the world, and stand in for these library versions."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port() if port is None else port
     processes = []
     for rank, (size, versions) in enumerate(zip(sizes, libraries, strict=False)):
         place = {
@@ -132,3 +133,24 @@ def test_ranks_that_cannot_form_a_world_end_with_who_differs(sizes, libraries, s
         assert "ranks cannot form one world" in output
         assert said in output
         assert "joined" not in output
+
+
+def test_a_port_that_another_process_holds_for_a_while_ends_no_run():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", free_port()))
+        other.listen()
+        Timer(8.0, other.close).start()
+        assert [output.splitlines()[-1] for output in join([2, 2], port=other.getsockname()[1])] == [
+            "joined [0, 1]"
+        ] * 2
+
+
+def test_a_requeued_job_meets_elsewhere_and_never_among_the_ports_of_outgoing_connections():
+    jobs = [{"SLURM_JOB_ID": str(job)} for job in (1, 2, 19_999, 20_000, 4_294_901_759)]
+    lives = [slurm_port({**job, "SLURM_RESTART_COUNT": str(life)}) for job in jobs for life in range(50)]
+    first, end = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert not set(lives) & set(range(first, end + 1))
+    assert min(lives) >= 1024
+    assert len(set(lives[:50])) == 50
+    assert [slurm_port(job) for job in jobs] == lives[::50]
+    assert len({slurm_port(job) for job in jobs[:3]}) == 3

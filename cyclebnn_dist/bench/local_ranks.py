@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from cyclebnn_dist.bench.namespaces import INTERFACE, ShapedNetwork
+from cyclebnn_dist.meeting import free_port
 
 PORT = 29500
 """Of the meeting point, where rank 0 has a network of its own."""
@@ -108,10 +108,3 @@ def _wait(processes: list[subprocess.Popen[str]], logs: list[Path], progress: Ca
                     f"rank {rank} of {len(processes)} ended with status {process.returncode}; the last it said:\n"
                     + "\n".join(last)
                 )
-
-
-def free_port() -> int:
-    """A port of the loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
