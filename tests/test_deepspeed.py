@@ -47,12 +47,15 @@ def build(
     memory_format=torch.contiguous_format,
     settings=None,
     scatter=False,
+    clamp=None,
 ):
     """Engine and reducer of a small net; ``stage`` None is DDP. Without ``scatter`` everyone gets the whole gradient."""
     torch.manual_seed(0)
     model = Net(spare=False).to(memory_format=memory_format)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
+    if clamp is not None:  # as BNext does with its latent weights
+        model.body.register_forward_pre_hook(lambda layer, _: layer.weight.data.clamp_(-clamp, clamp))
     comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback, hierarchical=hierarchical)
     world = make_world(rank, n)
     place = {"rank": rank, "world_size": n, "seed": 1, "device": world.device}
@@ -137,6 +140,7 @@ WAYS = {
     "bf16, accumulating": ({"amp": "bf16"}, {"accumulation": 3, "bits": [32]}),
     "a frozen head": ({"frozen": ("head.weight", "head.bias")}, {"bits": [4]}),
     "one bucket": ({"bucket_mb": 25.0}, {}),
+    "weights clamped in the forward pass": ({"clamp": 0.05}, {}),
     "two phases": ({"first_decay": 0.5}, {"bits": [32], "restart_at": 8}),
 }
 

@@ -35,12 +35,14 @@ def measure_codec(
     widths: Iterable[int],
     *,
     device: torch.device,
+    scattered: bool = False,
     slowest: Slowest = lambda seconds: seconds,
 ) -> dict[int, CodecCost]:
     """Collective where ``slowest`` is. What each width costs a rank on ``device``.
 
     Args:
         widths: bits; of those that are casts, too.
+        scattered: for a reduce-scatter, after which a rank only takes its own mean out of its rotation.
         slowest: the largest over ranks of each of some seconds.
     """
     size = codec.block_size
@@ -54,8 +56,10 @@ def measure_codec(
     for bits, *repeats in zip(widths, *rounds, strict=True):
         encode, add, again, decode = (median(parts) for parts in zip(*repeats, strict=True))
         element, owned = encode + add + decode, again
+        if scattered:  # a rotation is a little less than a decoding
+            element, owned = encode + add, decode
         if not codec.unbiased:  # error feedback decodes a rank's own messages, too, and rotates its own mean
-            element, owned = element + decode, owned + add + 2 * decode
+            element, owned = element + decode, owned + (0 if scattered else add + 2 * decode)
         found += [element / numel, owned / numel, _message_seconds(codec, bits=bits, device=device)]
     found = slowest(found)
     return {bits: CodecCost(*found[3 * i : 3 * i + 3]) for i, bits in enumerate(widths)}

@@ -165,7 +165,9 @@ def measure_and_judge(
 
     layout = reducer.layout
     needed = sorted({*widths, *MODE_BITS.values(), layout.small_bits})
-    costs = measure_codec(reducer.codec, needed, device=world.device, slowest=slowest)
+    costs = measure_codec(
+        reducer.codec, needed, device=world.device, scattered=layout.scattered, slowest=slowest
+    )
     assert reducer.group is not None
     link = measure_link(
         reducer.group,

@@ -214,7 +214,7 @@ class DeepSpeedEngine:
             return torch.linalg.vector_norm(torch.stack([self._norms[index] for index in self._trained]))
         parts = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in self._parts]
         squares = torch.stack(parts).square().sum()
-        return sum_over_ranks(squares, world=self._world).sqrt().float()
+        return fsum_over_ranks(squares, world=self._world).sqrt().float()
 
     def _keep_whole(self, index: int, average: torch.Tensor, shaped: torch.Tensor) -> None:
         """Stage 0: the averaged gradient becomes ``grad`` again."""
@@ -232,8 +232,8 @@ class DeepSpeedEngine:
         self._parts[slot.group][start : start + len(needed)] = average[needed.start : needed.stop]
 
 
-def sum_over_ranks(value: torch.Tensor, *, world: World) -> torch.Tensor:
-    """Collective: every rank calls this. Sum of a scalar of every rank, the same on all of them to the last bit."""
+def fsum_over_ranks(value: torch.Tensor, *, world: World) -> torch.Tensor:
+    """Collective: every rank calls this. Sum of a scalar of every rank, rounded once, so the same on all of them."""
     values = [torch.empty_like(value) for _ in range(world.size)]
     dist.all_gather(values, value)
     return torch.tensor(math.fsum(torch.stack(values).tolist()), dtype=value.dtype, device=value.device)

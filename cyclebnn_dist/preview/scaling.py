@@ -77,7 +77,13 @@ def plan_scaling(
     layouts = {cluster: foretell_layout(model, recipe, world_size=cluster.world_size) for cluster in clusters}
     buckets = foretell_buckets(model, recipe, layouts[clusters[0]], widths=schedule.at(0)).later_steps
     widths = sorted({*used, *CAST_BYTES})
-    costs = _codec_costs(recipe, widths, device=device, gb_per_second=codec_gb_per_second)
+    costs = _codec_costs(
+        recipe,
+        widths,
+        device=device,
+        gb_per_second=codec_gb_per_second,
+        scattered=layouts[clusters[0]].scattered,
+    )
     measured_compute = compute_seconds is None
     if compute_seconds is None:
         assert batch is not None
@@ -172,7 +178,12 @@ def _predict(
 
 
 def _codec_costs(
-    recipe: Recipe, widths: Sequence[int], *, device: torch.device, gb_per_second: float | None
+    recipe: Recipe,
+    widths: Sequence[int],
+    *,
+    device: torch.device,
+    gb_per_second: float | None,
+    scattered: bool,
 ) -> dict[int, CodecCost]:
     if gb_per_second is not None:
         cost = CodecCost(4e-9 / gb_per_second, 0.0)
@@ -180,7 +191,7 @@ def _codec_costs(
     codec = Codec(
         recipe.comm.codec, block_size=recipe.comm.block_size, unbiased=not recipe.comm.error_feedback
     )
-    return measure_codec(codec, widths, device=device)
+    return measure_codec(codec, widths, device=device, scattered=scattered)
 
 
 def _gb_per_second(cost: CodecCost) -> float | None:
