@@ -12,8 +12,8 @@ from pathlib import Path
 from cyclebnn_dist.bench.commands import add_bench_commands
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.data.commands import add_data_commands
-from cyclebnn_dist.exit_status import FAILED, INTERRUPTED, REFUSED
-from cyclebnn_dist.preempt import listening
+from cyclebnn_dist.guards.exit_status import FAILED, INTERRUPTED, REFUSED
+from cyclebnn_dist.guards.preempt import listening
 from cyclebnn_dist.search.commands import add_search_commands
 
 CONVENTION_NAMES = ("bireal", "elementwise", "bnext", "fvbitcore")

@@ -23,18 +23,18 @@ from cyclebnn_dist.config.recipe import EngineConfig, Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, Source, TrainLoader, in_flight
 from cyclebnn_dist.engine import DDPEngine, DeepSpeedEngine, Engine
 from cyclebnn_dist.engine.zero_groups import scatters, slots_of_optimizer
+from cyclebnn_dist.guards.preempt import PreemptionFlag
+from cyclebnn_dist.guards.stop_vote import StopVote
+from cyclebnn_dist.guards.watchdog import Watchdog
 from cyclebnn_dist.losses import Objective, build_objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.optimizer import build_optimizer
 from cyclebnn_dist.phases import build_phases
 from cyclebnn_dist.precision.schedule import Schedule, build_schedule
-from cyclebnn_dist.preempt import PreemptionFlag
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import claim_run_folder, read_verdict, refusing_bad_disk, write_verdict
-from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.timm_import import timm
-from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World, on_main, ranks_per_node, share_refusal
 
 

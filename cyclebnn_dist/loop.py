@@ -17,10 +17,10 @@ from cyclebnn_dist.binary import set_progress, set_widths
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.data import Batch
 from cyclebnn_dist.evaluate import evaluate
+from cyclebnn_dist.guards.preempt import Preempted
 from cyclebnn_dist.metrics import SlowRankReport
-from cyclebnn_dist.own_time import OwnTime
+from cyclebnn_dist.metrics.own_time import OwnTime
 from cyclebnn_dist.precision.schedule import Widths
-from cyclebnn_dist.preempt import Preempted
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.world import largest_over_ranks, mean_in_rank_order
 

@@ -18,14 +18,14 @@ from cyclebnn_dist.comm.verdict import Verdict
 from cyclebnn_dist.config import Recipe
 from cyclebnn_dist.data import EvalLoader, Mixing, TrainLoader
 from cyclebnn_dist.engine import Engine
+from cyclebnn_dist.guards.preempt import PreemptionFlag
+from cyclebnn_dist.guards.stop_vote import StopVote
+from cyclebnn_dist.guards.watchdog import Watchdog
 from cyclebnn_dist.losses import Objective
 from cyclebnn_dist.metrics import Console, Journal, Totals, WandbRun
 from cyclebnn_dist.phases import Phases
 from cyclebnn_dist.precision.schedule import Schedule
-from cyclebnn_dist.preempt import PreemptionFlag
-from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.timm_import import timm
-from cyclebnn_dist.watchdog import Watchdog
 from cyclebnn_dist.world import World
 
 

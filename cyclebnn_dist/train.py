@@ -18,13 +18,14 @@ from cyclebnn_dist.checkpoint import newest_checkpoint
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.recipe import Recipe
 from cyclebnn_dist.data import Source, open_source
-from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED
+from cyclebnn_dist.guards.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED
+from cyclebnn_dist.guards.peer_watch import watching_peers
+from cyclebnn_dist.guards.preempt import Preempted, PreemptionFlag, listening
+from cyclebnn_dist.guards.roll_call import call_roll
+from cyclebnn_dist.guards.stop_vote import StopVote
 from cyclebnn_dist.logs import configure_logging
 from cyclebnn_dist.metrics import begin_world
-from cyclebnn_dist.peer_watch import watching_peers
-from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
 from cyclebnn_dist.report import running_totals, summarize, write_summary
-from cyclebnn_dist.roll_call import call_roll
 from cyclebnn_dist.run import Run
 from cyclebnn_dist.run_folder import (
     check_run_folder,
@@ -33,7 +34,6 @@ from cyclebnn_dist.run_folder import (
 )
 from cyclebnn_dist.run_lock import run_lock
 from cyclebnn_dist.saving import SaveError
-from cyclebnn_dist.stop_vote import StopVote
 from cyclebnn_dist.world import (
     World,
     discover_world,

@@ -14,7 +14,7 @@ from typing import Any
 
 from cyclebnn_dist.batching import per_rank_batch
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, render_reference, to_dict
-from cyclebnn_dist.exit_status import FAILED, REFUSED
+from cyclebnn_dist.guards.exit_status import FAILED, REFUSED
 from cyclebnn_dist.run_folder import LAUNCHER_FOLDER, check_run_folder, finished_summary
 from launch import manage, record
 from launch.grid import Point, grid_points

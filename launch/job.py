@@ -19,9 +19,9 @@ from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from cyclebnn_dist.config import RecipeError, recipe_from_dict
-from cyclebnn_dist.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED
+from cyclebnn_dist.guards.exit_status import FAILED, FINISHED, INTERRUPTED, PREEMPTED, REFUSED
+from cyclebnn_dist.guards.preempt import listening
 from cyclebnn_dist.meeting import slurm_port
-from cyclebnn_dist.preempt import listening
 from launch import snapshot
 from launch.processes import Process, arguments, is_running, look, marked, send
 from launch.queue import job_states

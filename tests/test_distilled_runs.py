@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_teachers import CONVNEXT, EFFICIENTNET, network
 from test_train import newest, run, stop_at
 
-from cyclebnn_dist.exit_status import PREEMPTED
+from cyclebnn_dist.guards.exit_status import PREEMPTED
 from cyclebnn_dist.metrics import read_journal
 
 TEACHERS = f"distill: {{teacher: {EFFICIENTNET}, assistants: [{CONVNEXT}, test_resnet], amp: fp32"

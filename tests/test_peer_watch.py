@@ -16,7 +16,8 @@ from cyclebnn_dist.meeting import free_port
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from cyclebnn_dist import peer_watch, train
+from cyclebnn_dist import train
+from cyclebnn_dist.guards import peer_watch
 from cyclebnn_dist.config import load_recipe
 peer_watch.GRACE_SECONDS = 0.5
 def run(recipe, world, **_):

@@ -22,11 +22,11 @@ from cyclebnn_dist.comm import verdict
 from cyclebnn_dist.config import Recipe, RecipeError, load_recipe, to_dict
 from cyclebnn_dist.data import EvalLoader
 from cyclebnn_dist.engine import DDPEngine
-from cyclebnn_dist.exit_status import FINISHED, INTERRUPTED, PREEMPTED
+from cyclebnn_dist.guards.exit_status import FINISHED, INTERRUPTED, PREEMPTED
+from cyclebnn_dist.guards.preempt import Preempted, PreemptionFlag, listening
+from cyclebnn_dist.guards.stop_vote import StopVote
 from cyclebnn_dist.meeting import free_port
 from cyclebnn_dist.metrics import read_journal
-from cyclebnn_dist.preempt import Preempted, PreemptionFlag, listening
-from cyclebnn_dist.stop_vote import StopVote
 
 USR2, TERM, INT = signal.SIGUSR2, signal.SIGTERM, signal.SIGINT
 
@@ -239,7 +239,7 @@ def test_a_signal_before_the_first_step_ends_all_ranks_before_it(ranks, recipe_f
 
 ALONE = """
 import signal, sys
-from cyclebnn_dist import preempt
+from cyclebnn_dist.guards import preempt
 preempt.START_SECONDS = preempt.REQUEUE_SECONDS = preempt.INTERRUPT_SECONDS = 0.5
 from cyclebnn_dist.__main__ import main
 def requeue(*_):

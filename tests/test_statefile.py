@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cyclebnn_dist import statefile
-from cyclebnn_dist.statefile import (
+from cyclebnn_dist.checkpoint import statefile
+from cyclebnn_dist.checkpoint.statefile import (
     DTYPES,
     Written,
     digest_of,

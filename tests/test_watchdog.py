@@ -12,7 +12,7 @@ from launching import ROOT
 HANG = """
 import ctypes, logging, time
 logging.basicConfig()
-from cyclebnn_dist import watchdog
+from cyclebnn_dist.guards import watchdog
 watchdog.GRACE_SECONDS = 1.0
 dog = watchdog.Watchdog(1.0)
 dog.saw("step 3")
@@ -43,7 +43,7 @@ def test_a_process_that_hangs_ends_and_says_where(hang, said):
 
 LIVE = """
 import time
-from cyclebnn_dist.watchdog import Watchdog
+from cyclebnn_dist.guards.watchdog import Watchdog
 dog, idle = Watchdog(1.0), Watchdog(0.0)
 idle.saw("nothing")
 for _ in dog.over(range(8), what="batch"):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from cyclebnn_dist import disk
+from cyclebnn_dist.checkpoint.statefile import digest_of, read_state
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.statefile import digest_of, read_state
 from cyclebnn_dist.world import World, on_main
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cyclebnn_dist.checkpoint.statefile import (
+    Encoded,
+    Written,
+    digest_of,
+    encode_state,
+    encode_tensors,
+    write_encoded,
+)
 from cyclebnn_dist.config import SAVED_NAME, Recipe, save_recipe
-from cyclebnn_dist.statefile import Encoded, Written, digest_of, encode_state, encode_tensors, write_encoded
 
 WriteFile = Callable[[Path], Written]
 

@@ -12,7 +12,7 @@ import torch
 
 from cyclebnn_dist import disk
 from cyclebnn_dist.checkpoint.snapshot import WriteFile
-from cyclebnn_dist.statefile import Written
+from cyclebnn_dist.checkpoint.statefile import Written
 
 
 @dataclass(frozen=True)

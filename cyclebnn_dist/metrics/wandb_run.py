@@ -14,7 +14,7 @@ from typing import Any, Literal
 import wandb
 
 from cyclebnn_dist.config.recipe import WandbConfig
-from cyclebnn_dist.exit_status import PREEMPTED
+from cyclebnn_dist.guards.exit_status import PREEMPTED
 
 log = logging.getLogger(__name__)
 

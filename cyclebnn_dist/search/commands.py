@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cyclebnn_dist.config import load_recipe
 from cyclebnn_dist.config.pattern import Pattern, plain_pattern
-from cyclebnn_dist.exit_status import INTERRUPTED
-from cyclebnn_dist.preempt import listening
+from cyclebnn_dist.guards.exit_status import INTERRUPTED
+from cyclebnn_dist.guards.preempt import listening
 
 LEAVING = "in a search: leaving; finished candidates stay"
 

@@ -19,9 +19,9 @@ from cyclebnn_dist.config import Recipe
 from cyclebnn_dist.config.pattern import Pattern, write_pattern
 from cyclebnn_dist.config.search_rules import check_searchable
 from cyclebnn_dist.data import open_source
-from cyclebnn_dist.exit_status import FINISHED
+from cyclebnn_dist.guards.exit_status import FINISHED
+from cyclebnn_dist.guards.preempt import Preempted, PreemptionFlag
 from cyclebnn_dist.logs import configure_logging
-from cyclebnn_dist.preempt import Preempted, PreemptionFlag
 from cyclebnn_dist.search.costs import Costs, count_costs
 from cyclebnn_dist.search.folder import (
     PATTERN,

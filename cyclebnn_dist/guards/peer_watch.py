@@ -18,8 +18,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cyclebnn_dist.exit_status import FAILED
-from cyclebnn_dist.roll_call import call_roll
+from cyclebnn_dist.guards.exit_status import FAILED
+from cyclebnn_dist.guards.roll_call import call_roll
 from cyclebnn_dist.world import World
 
 log = logging.getLogger(__name__)

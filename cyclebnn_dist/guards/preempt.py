@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from cyclebnn_dist.exit_status import INTERRUPTED, PREEMPTED
+from cyclebnn_dist.guards.exit_status import INTERRUPTED, PREEMPTED
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

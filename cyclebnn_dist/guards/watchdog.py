@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from cyclebnn_dist.exit_status import FAILED
+from cyclebnn_dist.guards.exit_status import FAILED
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from cyclebnn_dist.preempt import SIGNALS, Preempted, PreemptionFlag
+from cyclebnn_dist.guards.preempt import SIGNALS, Preempted, PreemptionFlag
 from cyclebnn_dist.world import World
 
 T = TypeVar("T")
