@@ -58,13 +58,13 @@ def assert_same_final_state(run_dir, other):
             assert torch.equal(tensor, found[file][key]), f"{file}: {key}"
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_killed_at_steps_1_2_and_later_and_resumed_equals_the_undisturbed_run(start, ranks):
+@pytest.mark.parametrize(("ranks", "kills"), [(2, [(1, 1), (2, 0), (6, 1)]), (4, [(3, 1)])])
+def test_killed_at_early_and_later_steps_and_resumed_equals_the_undisturbed_run(start, ranks, kills):
     undisturbed = start("undisturbed", ranks=ranks)
     status, output = undisturbed.wait(seconds=240)
     assert status == 0, output
 
-    for life, (step, rank) in enumerate([(1, ranks - 1), (2, 0), (6, 1)]):
+    for life, (step, rank) in enumerate(kills):
         killed = start("killed", ranks=ranks)
         killed.wait_for_step(step, seconds=120)
         pids = killed.kill_rank(rank)
