@@ -29,8 +29,7 @@ from cyclebnn_dist.config import (
     to_dict,
     validate,
 )
-from cyclebnn_dist.config.schema import leaves
-from cyclebnn_dist.config.validate import flatten
+from cyclebnn_dist.config.schema import flatten, leaves
 
 
 def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:

@@ -29,7 +29,8 @@ from cyclebnn_dist.config.recipe import (
     WidthConfig,
 )
 from cyclebnn_dist.config.reference import render_reference
-from cyclebnn_dist.config.validate import MAY_CHANGE, resume_differences, validate
+from cyclebnn_dist.config.resume_rules import MAY_CHANGE, resume_differences
+from cyclebnn_dist.config.validate import validate
 
 __all__ = [
     "MAY_CHANGE",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RecipeError(ValueError):
     """Something the user asked for cannot be done; the command line prints it and exits with status 2.
@@ -27,3 +29,8 @@ class RecipeError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
         return type(self), (self.key, self.problem, self.cure, self.file)
+
+
+def quoted(value: Any) -> str:
+    """A setting's value as a message shows it: text in quotes."""
+    return f"'{value}'" if isinstance(value, str) else str(value)

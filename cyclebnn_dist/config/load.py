@@ -24,7 +24,8 @@ from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.errors import RecipeError
 from cyclebnn_dist.config.pattern import with_pattern
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.config.validate import MAY_CHANGE, validate
+from cyclebnn_dist.config.resume_rules import MAY_CHANGE
+from cyclebnn_dist.config.validate import validate
 
 COMMAND_LINE = "the command line"
 SAVED_NAME = "recipe.yaml"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.recipe import Recipe
-from cyclebnn_dist.config.validate import MAY_CHANGE
+from cyclebnn_dist.config.resume_rules import MAY_CHANGE
 
 
 def render_reference(

@@ -36,6 +36,17 @@ def leaves(settings: type) -> tuple[Leaf, ...]:
     return _leaves(settings)
 
 
+def flatten(settings: Any) -> dict[str, Any]:
+    """Return the plain value of every dotted key."""
+    result = {}
+    for leaf in leaves(type(settings)):
+        value: Any = settings
+        for name in leaf.key.split("."):
+            value = getattr(value, name)
+        result[leaf.key] = list(value) if isinstance(value, tuple) else value
+    return result
+
+
 @cache
 def _leaves(settings: type) -> tuple[Leaf, ...]:
     return tuple(_walk(settings, settings(), ""))

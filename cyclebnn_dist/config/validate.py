@@ -1,73 +1,19 @@
-"""The rules a recipe must keep: ranges, combinations, and what may change when a run is resumed."""
+"""The rules a recipe must keep: ranges and combinations. Those of one section that are many have a module of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from cyclebnn_dist.config import schema
 from cyclebnn_dist.config.distill_rules import check_distill
 from cyclebnn_dist.config.edge_rules import check_edges
 from cyclebnn_dist.config.engine_rules import check_engine
-from cyclebnn_dist.config.errors import RecipeError
+from cyclebnn_dist.config.errors import RecipeError, quoted
 from cyclebnn_dist.config.phase_rules import check_first_phase
-from cyclebnn_dist.config.recipe import Recipe, WidthConfig
-from cyclebnn_dist.config.search_rules import SEARCH_KEYS, check_search
-
-MAY_CHANGE = SEARCH_KEYS | frozenset(
-    {
-        "run.dir",
-        "run.log_every",
-        "run.health_every",
-        "binary.recompute",
-        "run.save_every",
-        "run.keep_checkpoints",
-        "run.keep_every",
-        "run.keep_best",
-        "run.extend_epochs",
-        "run.collective_timeout_seconds",
-        "run.progress_timeout_seconds",
-        "model.pretrained",
-        "model.weights",
-        "distill.weights",
-        "data.path",
-        "data.format",
-        "data.skip_list",
-        "data.threads",
-        "data.prefetch",
-        "train.accumulation",
-        "train.max_skipped_steps",
-        "comm.check_every",
-        "engine.name",
-        "engine.zero_stage",
-        "engine.reduce_scatter",
-        "engine.bucket_mb",
-        "engine.deepspeed",
-        "eval.every_epochs",
-        "eval.batch_size",
-        "wandb.mode",
-        "wandb.project",
-        "wandb.entity",
-        "wandb.group",
-        "wandb.tags",
-    }
-)
-"""Keys that may differ between two starts of one run.
-
-Paths, threads, logging, saving, evaluation and what a search reads do not touch training. Starting weights (model.pretrained,
-model.weights) are read at the first start only; files of teachers may lie elsewhere, and a warning tells if they hold other
-weights. The global batch is the recipe's quantity, so accumulation may follow the number of ranks; the
-run then goes on from the same weights, but batch statistics are taken over other micro-batches.
-"""
-
-QUANTIZED_BITS = (1, 8)
-"""Lowest and highest width of quantized communication."""
-PLAIN_BITS = (16, 32)
-"""Widths of communication that is not quantized."""
-SCHEDULED_BITS = (2, 16)
-"""Lowest and highest quantized width of the forward and the backward pass."""
-OFF_BITS = 32
-"""Width of a forward or backward pass that is not quantized."""
+from cyclebnn_dist.config.precision_rules import check_precision
+from cyclebnn_dist.config.recipe import Recipe
+from cyclebnn_dist.config.schema import flatten
+from cyclebnn_dist.config.search_rules import check_search
 
 
 def validate(recipe: Recipe) -> None:
@@ -80,18 +26,18 @@ def validate(recipe: Recipe) -> None:
     for key, value in values.items():
         if "${" in repr(value):  # the saved recipe would not be read again as it was written
             raise RecipeError(
-                key, f"{_show(value)} holds ${{ after its references are resolved", "leave it out"
+                key, f"{quoted(value)} holds ${{ after its references are resolved", "leave it out"
             )
     for keys, rule, words in _RANGES:
         for key in keys.split():
             if not rule(values[key]):
-                raise RecipeError(key, f"{_show(values[key])} is out of range", f"it must be {words}")
+                raise RecipeError(key, f"{quoted(values[key])} is out of range", f"it must be {words}")
     for check in (
         _check_data,
         _check_train,
         _check_optim,
         check_first_phase,
-        _check_precision,
+        check_precision,
         _check_comm,
         check_engine,
         check_edges,
@@ -100,47 +46,6 @@ def validate(recipe: Recipe) -> None:
         _check_model,
     ):
         check(recipe)
-
-
-def resume_differences(
-    saved: Recipe, new: Recipe, *, may_change: Collection[str] = MAY_CHANGE, folder: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """Compare the recipe a run was started with to the one it is started with now.
-
-    Args:
-        may_change: keys that may differ.
-        folder: key and value to name in the cure, where it is not run.dir.
-
-    Returns:
-        Changed keys that may change (MAY_CHANGE, and more train.epochs under run.extend_epochs), each with (saved, new) value.
-
-    Raises:
-        RecipeError: other keys differ; every one of them is named with both values.
-    """
-    old_values, new_values = flatten(saved), flatten(new)
-    changed = {key: (old, new_values[key]) for key, old in old_values.items() if old != new_values[key]}
-    refused = [key for key in changed if key not in may_change]
-    if new.run.extend_epochs and new.train.epochs > saved.train.epochs:
-        refused = [key for key in refused if key != "train.epochs"]
-    if refused:
-        first, *others = (f"{key}: {_show(changed[key][0])} -> {_show(changed[key][1])}" for key in refused)
-        cure = f"put back what was there, or start afresh with another {folder or f'run.dir (now {new.run.dir})'}"
-        if "train.epochs" in refused:
-            cure += "\n  run.extend_epochs=true allows more train.epochs; that changes every schedule from here on"
-        problem = first.partition(": ")[2] + "".join(f"\n{other}" for other in others)
-        raise RecipeError(refused[0], f"{problem}\n  this run was started with another recipe", cure)
-    return changed
-
-
-def flatten(settings: Any) -> dict[str, Any]:
-    """Return the plain value of every dotted key."""
-    result = {}
-    for leaf in schema.leaves(type(settings)):
-        value: Any = settings
-        for name in leaf.key.split("."):
-            value = getattr(value, name)
-        result[leaf.key] = list(value) if isinstance(value, tuple) else value
-    return result
 
 
 def _between(low: float, high: float) -> Callable[[Any], bool]:
@@ -301,97 +206,6 @@ def _check_comm(recipe: Recipe) -> None:
         )
 
 
-def _check_precision(recipe: Recipe) -> None:
-    for name in ("forward", "backward", "communication"):
-        lowest, highest = QUANTIZED_BITS if name == "communication" else SCHEDULED_BITS
-        plain = PLAIN_BITS if name == "communication" else (OFF_BITS,)
-        _check_width(
-            f"precision.{name}",
-            getattr(recipe.precision, name),
-            quantized=range(lowest, highest + 1),
-            plain=plain,
-            epochs=recipe.train.epochs,
-        )
-
-
-def _check_width(
-    key: str, width: WidthConfig, *, quantized: range, plain: tuple[int, ...], epochs: float
-) -> None:
-    span = f"{quantized[0]} to {quantized[-1]}"
-    words = f"from {span}, or {' or '.join(map(str, plain))} (not quantized)"
-    for end in ("low", "high"):
-        bits = getattr(width, end)
-        if bits not in quantized and bits not in plain:
-            raise RecipeError(f"{key}.{end}", f"{bits} bits are not possible", f"it must be {words}")
-    if width.low > width.high:
-        raise RecipeError(
-            f"{key}.low",
-            f"{width.low} is above {key}.high = {width.high}",
-            "low must not be larger than high",
-        )
-    if width.schedule == "piecewise" or width.pieces:
-        _check_pieces(key, width, possible=(*quantized, *plain), words=words, epochs=epochs)
-        return
-    if width.schedule == "constant":
-        return
-    if width.low != width.high and width.high not in quantized:
-        raise RecipeError(
-            f"{key}.high",
-            f"a cycle from {width.low} to {width.high} bits passes widths that do not exist",
-            f"cycle within {span}, or set {key}.schedule to constant or piecewise",
-        )
-    if width.warmup_epochs >= epochs:
-        raise RecipeError(
-            f"{key}.warmup_epochs",
-            f"{width.warmup_epochs:g} leaves nothing of train.epochs = {epochs:g}",
-            "it must be smaller",
-        )
-
-
-def _check_pieces(
-    key: str, width: WidthConfig, *, possible: tuple[int, ...], words: str, epochs: float
-) -> None:
-    """A piecewise schedule says everything itself, within low to high like any other."""
-    if width.schedule != "piecewise":
-        raise RecipeError(
-            f"{key}.pieces",
-            f"stand beside {key}.schedule={width.schedule}",
-            f"set {key}.schedule=piecewise, or {key}.pieces=[]",
-        )
-    starts = [start for start, _ in width.pieces]
-    if not starts or starts[0] != 0 or starts != sorted(set(starts)):
-        raise RecipeError(
-            f"{key}.pieces",
-            f"epochs {starts} do not ascend from 0" if starts else "are missing",
-            "give [epoch, bits] pairs in ascending order, the first at epoch 0: [[0, 8], [30, 4]]",
-        )
-    if starts[-1] >= epochs:
-        raise RecipeError(
-            f"{key}.pieces",
-            f"epoch {starts[-1]:g} is never reached: train.epochs = {epochs:g}",
-            "every piece must begin before train.epochs",
-        )
-    if width.warmup_epochs:
-        raise RecipeError(
-            f"{key}.warmup_epochs",
-            f"{width.warmup_epochs:g} stands beside {key}.schedule=piecewise",
-            "leave it at 0: the first piece is the warm-up",
-        )
-    for start, bits in width.pieces:
-        if bits not in possible:
-            raise RecipeError(
-                f"{key}.pieces",
-                f"{bits} bits from epoch {start:g} on are not possible",
-                f"it must be {words}",
-            )
-        if not width.low <= bits <= width.high:
-            raise RecipeError(
-                f"{key}.pieces",
-                f"{bits} bits from epoch {start:g} on lie outside {key}.low = {width.low} to high = {width.high}",
-                f"set {key}.low and {key}.high to the lowest and the highest width of the pieces",
-            )
-
-
 def _check_model(recipe: Recipe) -> None:
     if recipe.binary.keep_deep_stem and not recipe.binary.keep_stem:
         raise RecipeError(
@@ -435,7 +249,3 @@ def _check_model(recipe: Recipe) -> None:
     for name in recipe.model.kwargs:
         if name in taken:
             raise RecipeError(f"model.kwargs.{name}", "has a key of its own", f"set {taken[name]} instead")
-
-
-def _show(value: Any) -> str:
-    return f"'{value}'" if isinstance(value, str) else str(value)

@@ -31,8 +31,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 from cyclebnn_dist.config import SAVED_NAME, Recipe, RecipeError, load_saved, resume_differences, save_recipe
+from cyclebnn_dist.config.resume_rules import MAY_CHANGE
 from cyclebnn_dist.config.search_rules import SEARCH_KEYS
-from cyclebnn_dist.config.validate import MAY_CHANGE
 from cyclebnn_dist.search.selection import Outcome
 
 log = logging.getLogger(__name__)
