@@ -255,7 +255,10 @@ def _check_keys(
         inner = known[name]
         if not dataclasses.is_dataclass(inner):
             # Of these omegaconf merges none with the other, and its message names no key.
-            if isinstance(value, {dict: list, tuple: dict}.get(typing.get_origin(inner), ())):
+            belongs = typing.get_origin(inner)
+            if (belongs is dict and isinstance(value, list)) or (
+                belongs is tuple and isinstance(value, dict)
+            ):
                 schema.convert(inner, value, key=key, file=file)
             continue
         assert isinstance(inner, type)
