@@ -48,10 +48,14 @@ def build(
     settings=None,
     scatter=False,
     clamp=None,
+    kernel=3,
 ):
     """Engine and reducer of a small net; ``stage`` None is DDP. Without ``scatter`` everyone gets the whole gradient."""
     torch.manual_seed(0)
-    model = Net(spare=False).to(memory_format=memory_format)
+    model = Net(spare=False)
+    if kernel != 3:
+        model.body = nn.Conv2d(16, 32, kernel)
+    model = model.to(memory_format=memory_format)
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     if clamp is not None:  # as BNext does with its latent weights
@@ -284,12 +288,14 @@ def test_four_ranks_train_as_under_ddp_also_in_two_levels(ranks, hierarchical):
             assert same(results[None][-1][2], results[stage][-1][2])
 
 
-def train_in_channels_last(rank, n):
-    return train_all_engines(rank, n, {"memory_format": torch.channels_last}, {"steps": range(7)}, [0])
+def train_in_channels_last(rank, n, kernel):
+    options = {"memory_format": torch.channels_last, "kernel": kernel}
+    return train_all_engines(rank, n, options, {"steps": range(7)}, [0])
 
 
-def test_stage_0_keeps_the_memory_layout_and_quantizes_in_it_as_ddp_does(ranks):
-    for results in ranks(2, train_in_channels_last):
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_stage_0_keeps_the_memory_layout_and_quantizes_in_it_as_ddp_does(ranks, kernel):
+    for results in ranks(2, train_in_channels_last, kernel):
         for (_, _, expected), (_, _, found) in zip(results[None], results[0], strict=True):
             assert same(expected, found)
             assert found["body.weight"].is_contiguous(memory_format=torch.channels_last)

@@ -1,5 +1,9 @@
 """What experts tell DeepSpeed. Without these a mistyped key would be ignored, or another one break the reduction unseen."""
 
+import contextlib
+import io
+import logging.handlers
+
 import pytest
 from launching import TINY_RECIPE
 from test_deepspeed import build, train, under
@@ -21,8 +25,8 @@ EVERYTHING_PASSED = {
     "disable_python_gc": False,
     "dump_state": True,
     "log_level": "info",
+    "memory_breakdown": True,
     "wall_clock_breakdown": True,
-    "zero_optimization": {"allgather_bucket_size": 512},
 }
 
 
@@ -60,11 +64,12 @@ def load(recipe_file, settings, stage=1):
         ("{wall_clock_breakdown: 'yes'}", "wall_clock_breakdown", "true or false"),
         ("{zero_optimization: true}", "zero_optimization", "group of keys"),
         (
-            "{zero_optimization: {allgather_bucket_size: 3}}",
+            "{zero_optimization: {allgather_bucket_size: 1000}}",
             "zero_optimization.allgather_bucket_size",
-            "even",
+            "ignores it",
         ),
         ("{comms_logger: {enabled: auto}}", "comms_logger", "ignores"),
+        ("{comms_logger: {enabled: true}}", "comms_logger.verbose", "keeps to itself"),
     ],
 )
 def test_what_must_not_be_told_is_refused_by_its_key(recipe_file, settings, key, words):
@@ -116,28 +121,47 @@ def test_deepspeeds_own_classes_check_the_rest(settings, key, words):
 
 def test_what_is_handed_on_keeps_what_this_project_sets():
     told = deepspeed_config(EngineConfig(name="deepspeed", zero_stage=2, deepspeed=EVERYTHING_PASSED))
-    assert told["zero_optimization"]["allgather_bucket_size"] == 512
     assert told["zero_optimization"]["stage"] == 2
     assert told["wall_clock_breakdown"] is True
 
 
 def train_told(rank, n, stage, settings):
-    engine, reducer = build(rank, n, stage, settings=settings)
-    history = train(engine, reducer, rank, steps=range(3))
-    gathered = engine._engine._config.zero_config.allgather_bucket_size
+    """Weights after each step, and all that was logged and printed."""
+    heard = logging.handlers.BufferingHandler(capacity=10_000)
+    logger = logging.getLogger()
+    logger.addHandler(heard)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            engine, reducer = build(rank, n, stage, settings=settings)
+            history = train(engine, reducer, rank, steps=range(3))
+    finally:
+        logger.removeHandler(heard)
     reducer.close()
-    return history, gathered
+    told = [*(record.getMessage() for record in heard.buffer), printed.getvalue()]
+    return [weights for _, _, weights in history], "\n".join(told)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_what_may_be_told_reaches_deepspeed_and_changes_no_weight(ranks, stage):
     check_deepspeed_settings(EVERYTHING_PASSED)
     expected = ranks(2, train_told, stage, {})
-    for (history, _), (told, gathered) in zip(
-        expected, ranks(2, train_told, stage, EVERYTHING_PASSED), strict=True
-    ):
-        assert gathered == 512
-        assert all(same(a[2], b[2]) for a, b in zip(history, told, strict=True))
+    told = ranks(2, train_told, stage, EVERYTHING_PASSED)
+    for (history, _), (found, _) in zip(expected, told, strict=True):
+        assert all(same(a, b) for a, b in zip(history, found, strict=True))
+    for words in ("Engine after step", "fwd_microstep"):
+        assert [words in texts for (_, texts), *_ in (told, expected)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"comms_logger": {"enabled": True, "verbose": True}}, "comm op: all_gather"),
+        ({"dump_state": True}, "DeepSpeedEngine:"),
+    ],
+)
+def test_what_is_to_be_logged_is_heard_without_another_setting(ranks, settings, words):
+    check_deepspeed_settings(settings)
+    assert [words in ranks(2, train_told, 1, given)[0][1] for given in (settings, {})] == [True, False]
 
 
 def build_with_a_bad_key_on_one_rank(rank, n):

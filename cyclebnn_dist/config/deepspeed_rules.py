@@ -18,10 +18,6 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_even_count(value: Any) -> bool:
-    return type(value) is int and value > 0 and value % 2 == 0
-
-
 def _is_level(value: Any) -> bool:
     return value in ("debug", "info", "warning", "error", "critical")
 
@@ -34,7 +30,6 @@ PASSED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "log_level": (_is_level, LEVEL),
     "memory_breakdown": (_is_switch, SWITCH),
     "wall_clock_breakdown": (_is_switch, SWITCH),
-    "zero_optimization.allgather_bucket_size": (_is_even_count, "an even number of elements"),
 }
 """What is handed on, with what DeepSpeed itself does not check before it trains; of groups it checks the rest."""
 
@@ -85,6 +80,7 @@ BREAKING: Mapping[str, str] = {
     "prescale_gradients": _OWN_REDUCTION,
     "sparse_gradients": f"{_OWN_REDUCTION}, and must be dense",
     "zero_allow_untested_optimizer": "this project sets it",
+    "zero_optimization.allgather_bucket_size": "DeepSpeed ignores it, and gathers the weights of a group at once",
     "zero_optimization.compute_grad_norm": "the norm is taken by this project while it averages",
     "zero_optimization.contiguous_gradients": "buckets are averaged as one flat tensor",
     "zero_optimization.cpu_offload": _OFFLOAD,
@@ -100,7 +96,7 @@ BREAKING: Mapping[str, str] = {
     "zero_optimization.zero_quantized_nontrainable_weights": _WHOLE,
     "zero_optimization.zero_quantized_weights": _WHOLE,
 }
-"""What would break the reduction or a promise of the recipe, and how."""
+"""What would break the reduction or a promise of the recipe, or have no effect, and how."""
 
 
 def check_deepspeed_settings(settings: Mapping[str, Any]) -> None:
@@ -122,6 +118,12 @@ def check_deepspeed_settings(settings: Mapping[str, Any]) -> None:
             raise RecipeError(key, f"{value!r} is not {wanted}", f"give it {wanted}, or leave it out")
         if isinstance(value, Mapping) and "auto" in value.values():
             raise RecipeError(key, "DeepSpeed ignores a key of it that is 'auto'", "give it a value")
+        if path == "comms_logger" and value.get("enabled") and not value.get("verbose"):
+            raise RecipeError(
+                f"{key}.verbose",
+                "is not true, and without it DeepSpeed keeps to itself what it has noted",
+                "set it to true, or leave comms_logger out",
+            )
 
 
 def _leaves(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

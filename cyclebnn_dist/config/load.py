@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -236,7 +237,10 @@ def _check_keys(
     group: type | None = None,
     prefix: str = "",
 ) -> None:
-    """Refuse unknown keys of one source, note where each key was set, and let an empty group mean no change."""
+    """Refuse unknown keys of one source, and lists where mappings belong or these where lists do; note where each key was set.
+
+    An empty group means no change.
+    """
     known = schema.hints(group or root)
     for name in list(mapping):
         key, value = f"{prefix}{name}", mapping[name]
@@ -251,6 +255,12 @@ def _check_keys(
         origin[key] = file
         inner = known[name]
         if not dataclasses.is_dataclass(inner):
+            # Of these omegaconf merges none with the other, and its message names no key.
+            belongs = typing.get_origin(inner)
+            if (belongs is dict and isinstance(value, list)) or (
+                belongs is tuple and isinstance(value, dict)
+            ):
+                schema.convert(inner, value, key=key, file=file)
             continue
         assert isinstance(inner, type)
         if value is None:

@@ -91,6 +91,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         _positive,
         "greater than 0",
     ),
+    ("engine.bucket_mb", _between(0, 2**20), "at most 1048576, a TiB"),
     (
         "train.clip_norm loss.kurtosis_weight distill.label_loss optim.weight_decay optim.binary_weight_decay optim.other_weight_decay optim.binary_lr_scale optim.other_lr_scale optim.min_lr"
         " optim.warmup_epochs first_phase.epochs data.randaugment_std run.health_every run.keep_every run.progress_timeout_seconds data.shuffle_shards comm.check_every comm.small_numel precision.forward.warmup_epochs"

@@ -36,7 +36,7 @@ from cyclebnn_dist.world import World, share_refusal
 log = logging.getLogger(__name__)
 
 BUCKETS_UNDER_WAY = 2
-"""Copies of buckets that exist at a time at stage 2, beside the one that is being made."""
+"""Copies of buckets that exist at a time at stage 2, the one that is being made among them."""
 
 
 class DeepSpeedEngine:
@@ -86,7 +86,8 @@ class DeepSpeedEngine:
             split_groups(optimizer, numels_of(model), bucket_mb=config.bucket_mb)
         with zero.in_existing_groups(deepspeed, local_rank=world.device.index or 0):
             for parameter in model.parameters():
-                parameter.data = parameter.data.contiguous()
+                # Of the weights of 1x1 convolutions in channels_last, contiguous() would keep the strides.
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=told)[0]
         zero.autocast_forward(self._engine, AUTOCAST_DTYPE.get(amp))
         if self._stage == 0:

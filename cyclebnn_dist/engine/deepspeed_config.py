@@ -14,6 +14,10 @@ BLOCK_OF_CLASS = {"DeepSpeedZeroConfig": "zero_optimization", "CommsLoggerConfig
 """Which part of the configuration DeepSpeed's own classes stand for, where they check one."""
 
 
+HEARD_AT_INFO = ("comms_logger", "dump_state")
+"""Settings of which nothing would be heard at the log level DeepSpeed has here otherwise, of warnings."""
+
+
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
     """What ``deepspeed.initialize`` is told. Accumulation, clipping, arithmetic and averaging are this project's own."""
     told: dict[str, Any] = {
@@ -29,6 +33,8 @@ def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
             **({"compute_grad_norm": False} if config.zero_stage else {}),
         },
     }
+    if any(config.deepspeed.get(name) for name in HEARD_AT_INFO):
+        told["log_level"] = "info"
     for name, value in config.deepspeed.items():
         given = copy.deepcopy(value)
         told[name] = {**told[name], **given} if isinstance(given, Mapping) and name in told else given

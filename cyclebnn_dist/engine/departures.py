@@ -73,7 +73,10 @@ class Departures:
             absent = [i for bucket in self._buckets[self._left :] for i in bucket if self._lacks_gradient(i)]
             if absent:
                 names = ", ".join(self._reducer.layout.parameters[index].name for index in sorted(absent))
-                raise RuntimeError(f"parameters that take no part in the loss: {names}")
+                raise RuntimeError(
+                    f"parameters that take no part in the loss: {names}; leave them out of the model, or train with "
+                    "engine.name=ddp engine.find_unused_parameters=true"
+                )
             while self._under_way:
                 self._arrive()
         finally:
