@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from cyclebnn_dist.binary import count
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.config.pattern import read_pattern
 from cyclebnn_dist.config.recipe import SearchConfig
+from cyclebnn_dist.config.search_rules import check_searchable
 from cyclebnn_dist.data import scan_folder
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.search.costs import count_costs
@@ -190,19 +192,31 @@ def test_a_search_holds_out_images_of_every_class_and_trains_with_the_others(tin
         assert part.encoded(5) == Path(index).read_bytes()
 
 
+class Shards:
+    """Images whose classes take turns, as some shards hold them."""
+
+    labels = np.arange(24) % 3
+    shard_sizes = (10, 1, 13)
+    digest = 1
+
+    def __len__(self):
+        return 24
+
+
+def test_images_held_out_are_of_every_class_however_classes_lie_in_shards():
+    train, score = hold_out(Shards(), SearchConfig(eval_images=8, batch_size=2))
+    assert sorted(np.bincount(score.labels, minlength=3).tolist()) == [2, 3, 3]
+    assert np.bincount(train.labels, minlength=3).min() >= 5
+
+
 def test_parts_of_shards_know_how_many_images_each_shard_has_left():
-    class Shards:
-        labels = np.arange(10) % 2
-        shard_sizes = (4, 1, 5)
-        digest = 1
-
-        def __len__(self):
-            return 10
-
-    train, score = hold_out(Shards(), SearchConfig(eval_images=5, batch_size=2))
-    kept = [np.isin(ids, [1, 3, 5, 7, 9]).sum() for ids in (range(4), range(4, 5), range(5, 10))]
-    assert list(score.shard_sizes) == kept
-    assert [a + b for a, b in zip(train.shard_sizes, score.shard_sizes, strict=True)] == [4, 1, 5]
+    parts = hold_out(Shards(), SearchConfig(eval_images=8, batch_size=2))
+    for part in parts:
+        ids = part._ids.tolist()
+        places = (range(10), range(10, 11), range(11, 24))
+        assert list(part.shard_sizes) == [sum(i in place for i in ids) for place in places]
+    together = [a + b for a, b in zip(*(part.shard_sizes for part in parts), strict=True)]
+    assert together == list(Shards.shard_sizes)
 
 
 def test_a_damaged_score_is_named(tmp_path):
@@ -229,6 +243,22 @@ def test_what_fails_leaves_no_file_behind_and_can_be_made_again(tmp_path):
     folder.make_all({"round_001/a.json": lambda path: path.write_text("whole")}, told=told.append)
     assert (tmp_path / "round_001" / "a.json").read_text() == "whole"
     assert told == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["sample_bireal", "sample_adabin", "sample_bnext", "sample_reactnet"])
+def test_a_paper_s_network_can_be_searched_from_either_end(name):
+    """Networks differ in which layers are binary, and in nothing else: not in their shortcuts either."""
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    check_searchable(recipe)
+    costs, reports = count_costs(recipe), []
+    for binary in ((), costs.names[:1], costs.names):
+        layers = {each: "binary" if each in binary else "real" for each in costs.names}
+        rules = replace(recipe.binary, layers=layers)
+        _, report = build_model(recipe.model, rules, image_size=recipe.data.image_size)
+        reports.append((report.shortcuts, report.activations, report.narrow))
+    assert reports[0] == reports[1] == reports[2]
+    if recipe.binary.shortcut == "convolution":
+        assert len(reports[0][0]) == len(costs.names) // 2
 
 
 def test_candidates_are_the_layers_the_rules_make_binary(tiny_data, tmp_path):
