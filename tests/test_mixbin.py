@@ -1,5 +1,6 @@
 """A search that is killed, shared or repeated must find the same layers, and do nothing twice."""
 
+import errno
 import json
 import os
 import re
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from disks import fill, read_only, small_disk
 from launching import ROOT, wait_until
 
 from cyclebnn_dist.__main__ import main
@@ -23,7 +26,7 @@ from cyclebnn_dist.config.search_rules import check_searchable
 from cyclebnn_dist.data import scan_folder
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.search.costs import count_costs
-from cyclebnn_dist.search.folder import Folder, read_outcome, read_weights, write_outcome
+from cyclebnn_dist.search.folder import Folder, read_outcome, read_weights, write_outcome, write_weights
 from cyclebnn_dist.search.held_out import hold_out
 from cyclebnn_dist.search.mixbin import search
 from cyclebnn_dist.search.selection import Outcome
@@ -259,6 +262,74 @@ def test_a_paper_s_network_can_be_searched_from_either_end(name):
     assert reports[0] == reports[1] == reports[2]
     if recipe.binary.shortcut == "convolution":
         assert len(reports[0][0]) == len(costs.names) // 2
+
+
+def test_of_two_who_made_the_same_file_the_first_counts(tmp_path):
+    """A score that changed after others had read it would let processes choose different layers."""
+    folder = Folder(tmp_path)
+    (tmp_path / ".locks").mkdir()
+    score = tmp_path / "round_001" / "a.json"
+
+    def make_slowly(path):
+        path.write_text("late")
+        score.write_text("first")  # of a process on a machine whose locks are not seen here
+
+    folder.make_all({"round_001/a.json": make_slowly}, told=lambda done: None)
+    assert score.read_text() == "first"
+    assert [path.name for path in score.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_costs_time_and_nothing_else(number, tmp_path, monkeypatch, caplog):
+    """Lustre says ENOSYS; a lock file that only its owner may remove would outlive a killed search."""
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / ".locks").mkdir()
+    places = ["round_001/a.json", "round_001/b.json"]
+    other = Folder(tmp_path)
+
+    def make_while_another_does(path):
+        path.write_text("one")
+        other.make_all({places[0]: lambda path: path.write_text("two")}, told=lambda done: None)
+        assert path.exists(), "it is at work on that"
+
+    folder = Folder(tmp_path)
+    makers = {places[0]: make_while_another_does, places[1]: lambda path: path.write_text("b")}
+    folder.make_all(makers, told=lambda done: None)
+    assert [(tmp_path / place).read_text() for place in places] == ["two", "b"]
+    assert caplog.text.count("cannot be locked") == 2, "by each once"
+
+
+def test_a_disk_that_is_full_or_may_only_be_read_is_named(undisturbed, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", megabytes=1) as path:
+        (path / ".locks").mkdir()
+        filling = fill(path)
+        makers = {"round_001/weights.safetensors": partial(write_weights, {"a": torch.zeros(1 << 20)})}
+        with pytest.raises(RecipeError, match=r"search\.dir: cannot write .*No space left.*\n.*free space"):
+            Folder(path).make_all(makers, told=lambda done: None)
+        filling.unlink()
+        with pytest.raises(RecipeError, match="No space left"):
+            Folder(path).make_all(makers, told=lambda done: None)
+        assert list((path / "round_001").iterdir()) == []
+    recipe, folder = undisturbed
+    with read_only(folder):
+        assert main(["search", "mixbin", str(recipe)]) == 2
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_named(tmp_path):
+    path = tmp_path / "round_002" / "weights.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(
+            RecipeError, match=r"weights\.safetensors: is damaged or gone.*\n.*delete round_002"
+        ):
+            read_weights(path)
+        path.unlink(missing_ok=True)
 
 
 def test_candidates_are_the_layers_the_rules_make_binary(tiny_data, tmp_path):

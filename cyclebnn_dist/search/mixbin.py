@@ -29,6 +29,7 @@ from cyclebnn_dist.search.folder import (
     Folder,
     read_outcome,
     read_weights,
+    refusing_disk,
     search_dir,
     write_outcome,
     write_weights,
@@ -127,8 +128,9 @@ def search(
         progress.close()
     pattern = describe(recipe, costs, binary, rounds)
     if world.is_main:
-        write_pattern(pattern, folder.path / PATTERN)
-        plot_pattern(pattern, costs, folder.path / PICTURE)
+        with refusing_disk(folder.path):
+            write_pattern(pattern, folder.path / PATTERN)
+            plot_pattern(pattern, costs, folder.path / PICTURE)
     return pattern
 
 

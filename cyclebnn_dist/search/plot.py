@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.config.pattern import Pattern
 from cyclebnn_dist.search.costs import Costs
 
@@ -17,11 +17,7 @@ REAL, BINARY, LIMIT = "#1f4e79", "#9db7d5", "#c0504d"
 
 
 def plot_pattern(pattern: Pattern, costs: Costs, path: Path) -> None:
-    """Write a PNG, whole or not at all; a display is not needed.
-
-    Raises:
-        RecipeError: the file cannot be written.
-    """
+    """Write a PNG, whole or not at all; a display is not needed."""
     rounds = pattern.found["rounds"]
     figure = Figure(figsize=(max(7, 2 + 0.3 * len(costs.names)), 7 if rounds else 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,13 +45,9 @@ def plot_pattern(pattern: Pattern, costs: Costs, path: Path) -> None:
         f"{pattern.model}, {pattern.found['strategy']}: cost {pattern.cost:.4f}, budget {pattern.budget:g}",
         fontsize=10,
     )
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=120)
         os.replace(partial, path)
-    except OSError as error:
-        raise RecipeError(
-            "search.dir", f"cannot write {path}: {error.strerror}", "name another folder"
-        ) from None
     finally:
         partial.unlink(missing_ok=True)
