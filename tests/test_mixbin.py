@@ -157,6 +157,8 @@ def test_candidates_start_alike_and_differ_in_one_layer(undisturbed):
         (["search.budget=1.5"], "search.budget: 1.5 is out of range"),
         (["search.steps=0"], "search.steps: 0 is out of range"),
         (["search.eval_images=60"], "search.eval_images: 60 of 80 training images"),
+        (["model.num_classes=7"], "model.num_classes: 7, but"),
+        (["model.weights=/none.safetensors"], "model.weights: there is no file"),
         (["search.batch_size=64"], "search.batch_size: 64 of 50 images left"),
         (["binary.method=none"], "binary.method: none leaves nothing to search"),
         (["binary.keep_stem=false"], "binary.keep_stem: false, but a search leaves"),
@@ -168,6 +170,7 @@ def test_what_cannot_be_searched_is_refused(overrides, words, tiny_data, tmp_pat
     recipe = write_recipe(tmp_path, tiny_data)
     assert main(["search", "mixbin", str(recipe), *overrides]) == 2
     assert re.search(words, capsys.readouterr().err, flags=re.DOTALL)
+    assert not (tmp_path / "run-mixbin").exists(), "it would belong to the refused recipe"
 
 
 def test_a_folder_belongs_to_one_search(undisturbed, tmp_path, capsys):

@@ -129,6 +129,7 @@ def test_a_network_all_real_by_its_pattern_has_the_activations_of_the_others():
     ("text", "words"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "not a mapping"),
         ('{"format": 2, "real": [], "binary": ["a"]}', "its format is 2"),
         ('{"format": 1, "real": ["a"]}', "'binary' is no list"),

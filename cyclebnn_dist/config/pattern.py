@@ -52,7 +52,7 @@ def read_pattern(path: Path) -> Pattern:
     except OSError as error:
         problem = f"cannot read {path}: {error.strerror}"
         raise RecipeError(KEY, problem, "`cyclebnn search mixbin RECIPE` writes one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_pattern(path, f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise _no_pattern(path, "not a mapping")

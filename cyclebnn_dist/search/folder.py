@@ -70,6 +70,11 @@ class Folder:
         self.path, self.leave = path, leave
         self._worker, self._warned = worker, False
 
+    @property
+    def claimed(self) -> bool:
+        """Whether it is a search's already."""
+        return (self.path / SAVED_NAME).exists()
+
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's.
 
@@ -77,7 +82,7 @@ class Folder:
             RecipeError: it is another search's, or holds something else, or cannot be written.
         """
         saved = self.path / SAVED_NAME
-        with refusing_disk(self.path):
+        with refusing_disk(self.path, cure="name another folder"):
             # Listed before the recipe is looked for: another process may just be claiming the folder.
             others = self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir())
             if others and not saved.exists():
@@ -174,8 +179,11 @@ def publish(partial: Path, target: Path) -> None:
 
 
 @contextmanager
-def refusing_disk(path: Path) -> Iterator[None]:
+def refusing_disk(path: Path, *, cure: str = "") -> Iterator[None]:
     """Errors of the file system within, as a refusal.
+
+    Args:
+        cure: what to do; by default that which the error asks for.
 
     Raises:
         RecipeError: naming ``path``, what is wrong and what to do.
@@ -184,7 +192,7 @@ def refusing_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         problem = f"cannot write {path}: {disk.cause(error)}"
-        raise RecipeError("search.dir", problem, disk.cure(error.errno)) from error
+        raise RecipeError("search.dir", problem, cure or disk.cure(error.errno)) from error
 
 
 def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
