@@ -29,6 +29,7 @@ from cyclebnn_dist.search.costs import count_costs
 from cyclebnn_dist.search.folder import Folder, read_outcome, read_weights, write_outcome, write_weights
 from cyclebnn_dist.search.held_out import hold_out
 from cyclebnn_dist.search.mixbin import search
+from cyclebnn_dist.search.plot import chosen_in
 from cyclebnn_dist.search.selection import Outcome
 from cyclebnn_dist.world import World
 
@@ -138,6 +139,15 @@ def test_killed_and_gone_on_with_by_two_ranks_it_equals_the_undisturbed_search(
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
     assert contents == made(undisturbed[1])[0]
     assert (folder / "pattern.json").read_bytes() == (undisturbed[1] / "pattern.json").read_bytes()
+
+
+def test_the_picture_says_in_which_rounds_a_layer_was_chosen(undisturbed):
+    recipe, folder = undisturbed
+    pattern, costs = read_pattern(folder / "pattern.json"), count_costs(load_recipe(recipe))
+    told = dict(zip(costs.names, chosen_in(pattern, costs), strict=True))
+    for number, each in enumerate(pattern.found["rounds"], start=1):
+        assert str(number) in told[each["layer"]].split(", ")
+    assert sum(len(text.split(", ")) for text in told.values() if text) == len(pattern.found["rounds"])
 
 
 def test_candidates_start_alike_and_differ_in_one_layer(undisturbed):
