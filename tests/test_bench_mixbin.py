@@ -1,4 +1,4 @@
-"""`cyclebnn bench mixbin`: choices are compared seed by seed at equal cost, and no finished network is trained again."""
+"""`cyclebnn bench mixbin`: choices are compared seed by seed within one budget, and no finished network is trained again."""
 
 import json
 

@@ -1,16 +1,20 @@
 """A search that is killed, shared or repeated must find the same layers, and do nothing twice."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from disks import fill, read_only, small_disk
 from launching import ROOT, wait_until
 
 from cyclebnn_dist.__main__ import main
@@ -18,12 +22,14 @@ from cyclebnn_dist.binary import count
 from cyclebnn_dist.config import RecipeError, load_recipe
 from cyclebnn_dist.config.pattern import read_pattern
 from cyclebnn_dist.config.recipe import SearchConfig
+from cyclebnn_dist.config.search_rules import check_searchable
 from cyclebnn_dist.data import scan_folder
 from cyclebnn_dist.models import build_model
 from cyclebnn_dist.search.costs import count_costs
-from cyclebnn_dist.search.folder import Folder, read_outcome, read_weights, write_outcome
+from cyclebnn_dist.search.folder import Folder, read_outcome, read_weights, write_outcome, write_weights
 from cyclebnn_dist.search.held_out import hold_out
 from cyclebnn_dist.search.mixbin import search
+from cyclebnn_dist.search.plot import chosen_in
 from cyclebnn_dist.search.selection import Outcome
 from cyclebnn_dist.world import World
 
@@ -135,6 +141,15 @@ def test_killed_and_gone_on_with_by_two_ranks_it_equals_the_undisturbed_search(
     assert (folder / "pattern.json").read_bytes() == (undisturbed[1] / "pattern.json").read_bytes()
 
 
+def test_the_picture_says_in_which_rounds_a_layer_was_chosen(undisturbed):
+    recipe, folder = undisturbed
+    pattern, costs = read_pattern(folder / "pattern.json"), count_costs(load_recipe(recipe))
+    told = dict(zip(costs.names, chosen_in(pattern, costs), strict=True))
+    for number, each in enumerate(pattern.found["rounds"], start=1):
+        assert str(number) in told[each["layer"]].split(", ")
+    assert sum(len(text.split(", ")) for text in told.values() if text) == len(pattern.found["rounds"])
+
+
 def test_candidates_start_alike_and_differ_in_one_layer(undisturbed):
     _, folder = undisturbed
     outcomes = {path.stem: read_outcome(path) for path in (folder / "round_001").glob("*.json")}
@@ -152,6 +167,8 @@ def test_candidates_start_alike_and_differ_in_one_layer(undisturbed):
         (["search.budget=1.5"], "search.budget: 1.5 is out of range"),
         (["search.steps=0"], "search.steps: 0 is out of range"),
         (["search.eval_images=60"], "search.eval_images: 60 of 80 training images"),
+        (["model.num_classes=7"], "model.num_classes: 7, but"),
+        (["model.weights=/none.safetensors"], "model.weights: there is no file"),
         (["search.batch_size=64"], "search.batch_size: 64 of 50 images left"),
         (["binary.method=none"], "binary.method: none leaves nothing to search"),
         (["binary.keep_stem=false"], "binary.keep_stem: false, but a search leaves"),
@@ -163,6 +180,7 @@ def test_what_cannot_be_searched_is_refused(overrides, words, tiny_data, tmp_pat
     recipe = write_recipe(tmp_path, tiny_data)
     assert main(["search", "mixbin", str(recipe), *overrides]) == 2
     assert re.search(words, capsys.readouterr().err, flags=re.DOTALL)
+    assert not (tmp_path / "run-mixbin").exists(), "it would belong to the refused recipe"
 
 
 def test_a_folder_belongs_to_one_search(undisturbed, tmp_path, capsys):
@@ -190,19 +208,31 @@ def test_a_search_holds_out_images_of_every_class_and_trains_with_the_others(tin
         assert part.encoded(5) == Path(index).read_bytes()
 
 
+class Shards:
+    """Images whose classes take turns, as some shards hold them."""
+
+    labels = np.arange(24) % 3
+    shard_sizes = (10, 1, 13)
+    digest = 1
+
+    def __len__(self):
+        return 24
+
+
+def test_images_held_out_are_of_every_class_however_classes_lie_in_shards():
+    train, score = hold_out(Shards(), SearchConfig(eval_images=8, batch_size=2))
+    assert sorted(np.bincount(score.labels, minlength=3).tolist()) == [2, 3, 3]
+    assert np.bincount(train.labels, minlength=3).min() >= 5
+
+
 def test_parts_of_shards_know_how_many_images_each_shard_has_left():
-    class Shards:
-        labels = np.arange(10) % 2
-        shard_sizes = (4, 1, 5)
-        digest = 1
-
-        def __len__(self):
-            return 10
-
-    train, score = hold_out(Shards(), SearchConfig(eval_images=5, batch_size=2))
-    kept = [np.isin(ids, [1, 3, 5, 7, 9]).sum() for ids in (range(4), range(4, 5), range(5, 10))]
-    assert list(score.shard_sizes) == kept
-    assert [a + b for a, b in zip(train.shard_sizes, score.shard_sizes, strict=True)] == [4, 1, 5]
+    parts = hold_out(Shards(), SearchConfig(eval_images=8, batch_size=2))
+    for part in parts:
+        ids = part._ids.tolist()
+        places = (range(10), range(10, 11), range(11, 24))
+        assert list(part.shard_sizes) == [sum(i in place for i in ids) for place in places]
+    together = [a + b for a, b in zip(*(part.shard_sizes for part in parts), strict=True)]
+    assert together == list(Shards.shard_sizes)
 
 
 def test_a_damaged_score_is_named(tmp_path):
@@ -229,6 +259,90 @@ def test_what_fails_leaves_no_file_behind_and_can_be_made_again(tmp_path):
     folder.make_all({"round_001/a.json": lambda path: path.write_text("whole")}, told=told.append)
     assert (tmp_path / "round_001" / "a.json").read_text() == "whole"
     assert told == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["sample_bireal", "sample_adabin", "sample_bnext", "sample_reactnet"])
+def test_a_paper_s_network_can_be_searched_from_either_end(name):
+    """Networks differ in which layers are binary, and in nothing else: not in their shortcuts either."""
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml")
+    check_searchable(recipe)
+    costs, reports = count_costs(recipe), []
+    for binary in ((), costs.names[:1], costs.names):
+        layers = {each: "binary" if each in binary else "real" for each in costs.names}
+        rules = replace(recipe.binary, layers=layers)
+        _, report = build_model(recipe.model, rules, image_size=recipe.data.image_size)
+        reports.append((report.shortcuts, report.activations, report.narrow))
+    assert reports[0] == reports[1] == reports[2]
+    if recipe.binary.shortcut == "convolution":
+        assert len(reports[0][0]) == len(costs.names) // 2
+
+
+def test_of_two_who_made_the_same_file_the_first_counts(tmp_path):
+    """A score that changed after others had read it would let processes choose different layers."""
+    folder = Folder(tmp_path)
+    (tmp_path / ".locks").mkdir()
+    score = tmp_path / "round_001" / "a.json"
+
+    def make_slowly(path):
+        path.write_text("late")
+        score.write_text("first")  # of a process on a machine whose locks are not seen here
+
+    folder.make_all({"round_001/a.json": make_slowly}, told=lambda done: None)
+    assert score.read_text() == "first"
+    assert [path.name for path in score.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_costs_time_and_nothing_else(number, tmp_path, monkeypatch, caplog):
+    """Lustre says ENOSYS; a lock file that only its owner may remove would outlive a killed search."""
+
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / ".locks").mkdir()
+    places = ["round_001/a.json", "round_001/b.json"]
+    other = Folder(tmp_path)
+
+    def make_while_another_does(path):
+        path.write_text("one")
+        other.make_all({places[0]: lambda path: path.write_text("two")}, told=lambda done: None)
+        assert path.exists(), "it is at work on that"
+
+    folder = Folder(tmp_path)
+    makers = {places[0]: make_while_another_does, places[1]: lambda path: path.write_text("b")}
+    folder.make_all(makers, told=lambda done: None)
+    assert [(tmp_path / place).read_text() for place in places] == ["two", "b"]
+    assert caplog.text.count("cannot be locked") == 2, "by each once"
+
+
+def test_a_disk_that_is_full_or_may_only_be_read_is_named(undisturbed, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", megabytes=1) as path:
+        (path / ".locks").mkdir()
+        filling = fill(path)
+        makers = {"round_001/weights.safetensors": partial(write_weights, {"a": torch.zeros(1 << 20)})}
+        with pytest.raises(RecipeError, match=r"search\.dir: cannot write .*No space left.*\n.*free space"):
+            Folder(path).make_all(makers, told=lambda done: None)
+        filling.unlink()
+        with pytest.raises(RecipeError, match="No space left"):
+            Folder(path).make_all(makers, told=lambda done: None)
+        assert list((path / "round_001").iterdir()) == []
+    recipe, folder = undisturbed
+    with read_only(folder):
+        assert main(["search", "mixbin", str(recipe)]) == 2
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_damaged_weights_are_named(tmp_path):
+    path = tmp_path / "round_002" / "weights.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(
+            RecipeError, match=r"weights\.safetensors: is damaged or gone.*\n.*delete round_002"
+        ):
+            read_weights(path)
+        path.unlink(missing_ok=True)
 
 
 def test_candidates_are_the_layers_the_rules_make_binary(tiny_data, tmp_path):

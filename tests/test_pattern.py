@@ -129,12 +129,15 @@ def test_a_network_all_real_by_its_pattern_has_the_activations_of_the_others():
     ("text", "words"),
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "not a mapping"),
         ('{"format": 2, "real": [], "binary": ["a"]}', "its format is 2"),
         ('{"format": 1, "real": ["a"]}', "'binary' is no list"),
         ('{"format": 1, "real": ["a"], "binary": ["a", "b"]}', "a stands there twice"),
         ('{"format": 1, "real": [], "binary": []}', "names no layer"),
         ('{"format": 1, "real": [1], "binary": []}', "'real' is no list"),
+        ('{"format": 1, "real": ["a"], "binary": ["b"], "budget": null}', "'budget' is no number"),
+        ('{"format": 1, "real": ["a"], "binary": ["b"], "cost": "0.2 or so"}', "'cost' is no number"),
     ],
 )
 def test_what_is_no_pattern_is_refused(files, text, words):

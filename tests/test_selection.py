@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -252,3 +253,31 @@ def test_an_impossible_budget_is_refused_with_those_that_are_possible():
     assert f"costs {least:.4f} of the real one" in caught.value.problem
     assert costs.spent(costs.names) <= costs.limit(0.0772)
     assert costs.limit(1.0) == costs.total
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 9999), st.integers(1, 10**6))
+def test_the_least_budget_that_is_named_is_possible_and_the_next_smaller_one_is_not(ten_thousandths, scale):
+    """Also where it is exact: 0.0772 as a binary fraction is a little less than 772 of 10000."""
+    saving, others = (10000 - ten_thousandths) * scale, ten_thousandths * scale - 1
+    costs = Costs(layers={"a": LayerCost(real=saving + 1, binary=1)}, others=others)
+    with pytest.raises(RecipeError) as refused:
+        costs.limit(ten_thousandths / 10**4 - 1e-4)
+    named = float(refused.value.cure.split()[2])
+    assert named == ten_thousandths / 10**4
+    assert costs.limit(named) == costs.spent(["a"])
+    assert costs.limit(1.0) == costs.total
+
+
+def test_layers_that_would_save_nothing_are_refused():
+    """XNOR-Net's magnitudes of a depthwise convolution's inputs cost more than its products."""
+    recipe = Recipe(
+        model=ModelConfig(name="mobilenetv2_035", num_classes=10),
+        binary=BinaryConfig(method="xnor", keep_depthwise=False, activation="prelu"),
+        data=DataConfig(image_size=32),
+    )
+    with pytest.raises(RecipeError, match=r"blocks\.0\.0\.conv_dw, .* and \d+ more") as refused:
+        count_costs(recipe)
+    assert refused.value.key == "binary.exclude"
+    kept = replace(recipe, binary=replace(recipe.binary, keep_depthwise=True))
+    assert min(layer.saving for layer in count_costs(kept).layers.values()) > 0

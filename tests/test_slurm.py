@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 from launching import ROOT, TINY_RECIPE, Launched, wait_until
 from one_slurm import LONG, NotPossible, OneSlurm, Submitted
 from test_end_to_end import assert_same_final_state
+from test_mixbin import made, write_recipe
 
+from cyclebnn_dist.__main__ import main
 from cyclebnn_dist.metrics import read_journal
 
 SAVE_EVERY = 8
@@ -244,6 +247,32 @@ def test_points_of_a_grid_run_as_an_array_with_a_cap(slurm, tiny_recipe, profile
     assert told.returncode == 0, told.stderr
     assert told.stdout.count("finished already") == 2
     assert sorted(path.name for path in sweep.glob("lr=*")) == ["lr=0.0003", "lr=0.001"]
+
+
+def test_tasks_of_an_array_share_a_search_though_one_is_requeued_in_it(slurm, tiny_data, tmp_path):
+    recipe, folder = write_recipe(tmp_path, tiny_data), tmp_path / "run-mixbin"
+    overrides = ("search.steps=20", "search.budget=0.9")
+    line = shlex.join((sys.executable, "-m", "cyclebnn_dist", "search", "mixbin", str(recipe), *overrides))
+    options = ("--parsable", "--array=0-1", "--requeue", f"--output={tmp_path}/%a.out", "--open-mode=append")
+    array = slurm.ask("sbatch", *options, "--wrap", line).strip()
+    tasks = [f"{array}_{number}" for number in range(2)]
+
+    def said() -> str:
+        return "".join(path.read_text() for path in sorted(tmp_path.glob("?.out")))
+
+    try:
+        assert wait_until(lambda: said().count("candidates: ") >= 2 and made(folder)[0], seconds=LONG), said()
+        slurm.ask("scontrol", "requeue", tasks[1])
+        for task in tasks:
+            facts = slurm.wait(task, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+            assert facts["JobState"] == "COMPLETED", said()
+    finally:
+        slurm.call("scancel", array)
+    assert facts["Restarts"] == "1"
+    alone = tmp_path / "alone"
+    assert main(["search", "mixbin", str(recipe), *overrides, f"search.dir={alone}"]) == 0
+    assert made(folder)[0] == made(alone)[0]
+    assert (folder / "pattern.json").read_bytes() == (alone / "pattern.json").read_bytes()
 
 
 def test_slurm_accepts_what_a_dry_run_shows(slurm, tiny_recipe, tmp_path):

@@ -143,9 +143,9 @@ def add_bench_commands(parser: argparse.ArgumentParser) -> None:
 
     mixbin = commands.add_parser(
         "mixbin",
-        help="accuracy at equal cost of the layers that the search chooses, and of other choices, paired by seed",
+        help="accuracy within one budget of the layers that the search chooses, and of other choices, paired by seed",
         description="Search the layers of a small network that stay real within a budget, from many seeds, by the search and "
-        "by its baselines (random layers, the first, the last, one round of scores, plain accuracy); train each network "
+        "by its baselines (random layers, the first, the last, one round of scores, plain loss); train each network "
         "from the start in the same way, on generated images: accuracy on images that no search has seen, differences to "
         "the search with 95 % t intervals, and whether it beats random layers.",
         epilog="examples:\n  cyclebnn bench mixbin --out mixbin_bench\n"

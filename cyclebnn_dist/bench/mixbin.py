@@ -1,4 +1,4 @@
-"""``cyclebnn bench mixbin``: whether the layers a search keeps real do better than others at equal cost, seed by seed."""
+"""``cyclebnn bench mixbin``: whether the layers a search keeps real do better than others within the same budget, seed by seed."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 WORDS = {
-    "shrink": "the search: from all real, binary layers by harm per cost",
-    "grow": "the search from all binary: real layers by gain per cost",
-    "iterative": "the same by plain accuracy, whatever it costs",
+    "shrink": "the search: from all real, binary layers by harm (in loss) per cost",
+    "grow": "the search from all binary: real layers by gain (in loss) per cost",
+    "iterative": "as shrink, by plain loss, whatever a layer saves",
     "sensitivity": "one round of scores",
     "first": "the first layers real",
     "last": "the last layers real",
@@ -43,7 +43,7 @@ def render_mixbin(result: Mapping[str, Any]) -> str:
     }[result["claim"]]
     lines += [
         "",
-        f"claim  the search (shrink) beats random layers at equal cost, its interval above 0: {claim}",
+        f"claim  the search (shrink) beats random layers within the same budget, its interval above 0: {claim}",
     ]
     if result["stopped"]:
         more = f"; the same line goes on from {result['out']}" if result["out"] else ""

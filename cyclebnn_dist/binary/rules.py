@@ -38,6 +38,9 @@ _GATES: Mapping[str, tuple[str, ...]] = {
 _GATE_NAMES = frozenset({"se", "gate"})
 _SHORTCUT_NAMES = frozenset({"downsample", "project", "shortcut", "skip"})
 
+REAL_BY_PATTERN = "real by pattern"
+"""Why a layer stays real that every other rule would make binary."""
+
 
 def is_gate(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether the module of this name is, or lies in, squeeze-and-excitation or another gate."""
@@ -119,7 +122,7 @@ def reason_to_stay(
     for pattern in rules.exclude:
         if fnmatchcase(name, pattern):
             return f"excluded by {pattern}"
-    return "real by pattern" if rules.layers.get(name) == "real" else ""
+    return REAL_BY_PATTERN if rules.layers.get(name) == "real" else ""
 
 
 def method_of(name: str, rules: BinaryConfig) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
-from cyclebnn_dist.binary.parameters import binary_modules
 from cyclebnn_dist.config import RecipeError
 from cyclebnn_dist.timm_import import timm
 
@@ -34,16 +35,15 @@ class ShortcutPerConvolution(BasicBlock):
         return self.act2(y + x)
 
 
-def add_shortcuts_(model: nn.Module) -> tuple[str, ...]:
-    """Give every block with a binary layer in it a shortcut around each convolution; returns the blocks' names.
+def add_shortcuts_(model: nn.Module, layers: Collection[str]) -> tuple[str, ...]:
+    """Give every block with one of ``layers`` in it a shortcut around each convolution; returns the blocks' names.
 
     Raises:
         RecipeError: no block of the model can have them.
     """
-    binary = {name for name, _ in binary_modules(model)}
     names = []
     for name, block in model.named_modules():
-        if type(block) is not BasicBlock or not {f"{name}.conv1", f"{name}.conv2"} & binary:
+        if type(block) is not BasicBlock or not {f"{name}.conv1", f"{name}.conv2"} & set(layers):
             continue
         if not isinstance(block.aa, nn.Identity):
             raise _not_possible(f"'{name}' blurs between its convolutions")

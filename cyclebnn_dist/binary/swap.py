@@ -21,6 +21,7 @@ from cyclebnn_dist.binary.layers import BinaryConv2d, BinaryConv2dSame, BinaryLi
 from cyclebnn_dist.binary.parameters import binary_modules
 from cyclebnn_dist.binary.rebuild import keep_less_
 from cyclebnn_dist.binary.rules import (
+    REAL_BY_PATTERN,
     check_layers,
     check_patterns,
     classifier_names,
@@ -107,7 +108,7 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
     """Swap the layers of ``model`` for binary ones, in place, and prove by one forward pass that all of them run.
 
     Where ``rules.layers`` keep all layers real, the rest is done all the same: networks that differ in it alone have the same
-    activations. Parameters stay the same objects under the same names; binary layers add those of their method under
+    activations and shortcuts. Parameters stay the same objects under the same names; binary layers add those of their method under
     ``<layer>.binarizer``. Activations that are never negative are replaced by ``rules.activation`` in the whole model,
     whatever ``include`` and ``exclude`` say, because a sign may come anywhere behind them; only those inside gates
     that stay real are kept. With ``rules.edge_bits`` 8, stem, classifier and gates that stay real have operands of 8 bits. Method ``none``, with no other by ``rules.methods``, changes nothing.
@@ -145,7 +146,8 @@ def binarize_(model: nn.Module, rules: BinaryConfig, *, input_size: tuple[int, i
         if name.endswith("qkv") and hasattr(parent, _SEPARATE_BIAS):
             # timm's BEiT, EVA and SwinV2 otherwise multiply with the weight themselves; the result is the same.
             setattr(parent, _SEPARATE_BIAS, True)
-    shortcuts = add_shortcuts_(model) if rules.shortcut == "convolution" else ()
+    eligible = {row.name for row in rows if row.swapped or row.reason == REAL_BY_PATTERN}
+    shortcuts = add_shortcuts_(model, eligible) if rules.shortcut == "convolution" else ()
     if rules.stem_pool != "keep":
         replace_stem_pool_(model, rules.stem_pool)
     narrow = edge_names(model) - set(to_swap) if rules.edge_bits == NARROW_BITS else frozenset()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def read_pattern(path: Path) -> Pattern:
     except OSError as error:
         problem = f"cannot read {path}: {error.strerror}"
         raise RecipeError(KEY, problem, "`cyclebnn search mixbin RECIPE` writes one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_pattern(path, f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise _no_pattern(path, "not a mapping")
@@ -67,6 +68,9 @@ def read_pattern(path: Path) -> Pattern:
         raise _no_pattern(path, f"{', '.join(twice[:4])} stands there twice")
     if not names:
         raise _no_pattern(path, "it names no layer")
+    for name in ("budget", "cost"):
+        if not isinstance(values.get(name, 1.0), int | float):
+            raise _no_pattern(path, f"'{name}' is no number")
     return Pattern(
         model=str(values.get("model", "")),
         budget=float(values.get("budget", 1.0)),
@@ -79,7 +83,8 @@ def read_pattern(path: Path) -> Pattern:
 
 def write_pattern(pattern: Pattern, path: Path) -> None:
     """Write a pattern; the file is either the old one or the whole new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Tasks of an array end together, and in containers their process ids are often the same.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.write_text(json.dumps(plain_pattern(pattern), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, path)

@@ -401,7 +401,7 @@ class SearchConfig:
     """Most that the network may cost: operations, of 64 binary ones each counts as one, over those of the real network."""
     strategy: Literal["grow", "shrink", "iterative", "sensitivity", "random", "first", "last"] = "shrink"
     """shrink: from all real, make layers binary until the budget allows; grow: from all binary, make layers real while it
-    does. Others are baselines: shrink by plain accuracy; one round of scores; any, the first or the last layers real."""
+    does. Others are baselines: shrink by plain score; one round of scores; any, the first or the last layers real."""
     score: Literal["accuracy", "loss"] = "accuracy"
     """What a candidate's change per cost is measured in, on images held out of the training set; the other breaks ties."""
     pretrain_steps: int = 1000

@@ -56,15 +56,15 @@ class Costs:
         return self.spent(binary) / self.total
 
     def limit(self, budget: float) -> int:
-        """The most that may be spent within ``budget``, a share of the real network's cost.
+        """The most that may be spent within ``budget``, a share of the real network's cost, as the decimal it prints as.
 
         Raises:
             RecipeError: not even the network with all layers binary costs so little; the message says what it does cost.
         """
         least = self.spent(self.layers)
-        limit = math.floor(Fraction(budget) * self.total)
+        limit = math.floor(Fraction(str(budget)) * self.total)
         if limit < least:
-            possible = math.ceil(least / self.total * 1e4) / 1e4
+            possible = math.ceil(Fraction(least, self.total) * 10**4) / 10**4
             raise RecipeError(
                 "search.budget",
                 f"{budget:g} is not possible: with every layer binary that may be, this network costs "
@@ -90,7 +90,7 @@ def count_costs(recipe: Recipe) -> Costs:
     Candidates are the layers that the recipe's rules would make binary.
 
     Raises:
-        RecipeError: as ``build_model``.
+        RecipeError: as ``build_model``, or a layer would save nothing by becoming binary.
     """
     side = recipe.data.image_size
     start = replace(recipe.model, pretrained=False, weights="")
@@ -102,5 +102,14 @@ def count_costs(recipe: Recipe) -> Costs:
         for row in counts.layers
         if row.name in candidates
     }
+    useless = [name for name, layer in layers.items() if layer.saving <= 0]
+    if useless:
+        more = f" and {len(useless) - 4} more" if len(useless) > 4 else ""
+        raise RecipeError(
+            "binary.exclude",
+            f"method {recipe.binary.method} makes these layers no cheaper: {', '.join(useless[:4])}{more} "
+            "(magnitudes of inputs count, too)",
+            "exclude them, keep depthwise convolutions real, or choose another method",
+        )
     spent = counts.bops + PER_MAC * counts.flops
     return Costs(layers=layers, others=spent - sum(layer.binary for layer in layers.values()))

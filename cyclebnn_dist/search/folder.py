@@ -9,31 +9,38 @@
       pattern.json  pattern.png      the result
       .locks/                        held by the process that makes the file of that name
 
-A file has its name only when it is whole. Whoever finds one missing makes it, under its lock, which the operating system
-takes from a process that dies. So ranks of a job, tasks of an array and later starts share the work in the same way, and a
-finished file is never made again. On a file system without locks two processes may make the same file, which costs time
-and nothing else.
+A file has its name only when it is whole, and keeps its content from then on. Whoever finds one missing makes it, under its
+lock, which the operating system takes from a process that dies. So ranks of a job, tasks of an array and later starts share
+the work in the same way, and a finished file is never made again. On a file system without locks, or one that shows files
+late, two processes may make the same file: the first that is finished counts, so that all see the same scores.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import logging
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from cyclebnn_dist import disk
 from cyclebnn_dist.config import SAVED_NAME, Recipe, RecipeError, load_saved, resume_differences, save_recipe
 from cyclebnn_dist.config.resume_rules import MAY_CHANGE
 from cyclebnn_dist.config.search_rules import SEARCH_KEYS
 from cyclebnn_dist.search.selection import Outcome
+from cyclebnn_dist.statefile import encode_tensors, write_encoded
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +70,11 @@ class Folder:
         self.path, self.leave = path, leave
         self._worker, self._warned = worker, False
 
+    @property
+    def claimed(self) -> bool:
+        """Whether it is a search's already."""
+        return (self.path / SAVED_NAME).exists()
+
     def claim(self, recipe: Recipe) -> None:
         """Make the folder this recipe's.
 
@@ -70,7 +82,7 @@ class Folder:
             RecipeError: it is another search's, or holds something else, or cannot be written.
         """
         saved = self.path / SAVED_NAME
-        try:
+        with refusing_disk(self.path, cure="name another folder"):
             # Listed before the recipe is looked for: another process may just be claiming the folder.
             others = self.path.exists() and any(not each.name.startswith(".") for each in self.path.iterdir())
             if others and not saved.exists():
@@ -83,10 +95,6 @@ class Folder:
             with self._lock(SAVED_NAME, wait=True):
                 if not saved.exists():
                     save_recipe(recipe, saved)
-        except OSError as error:
-            raise RecipeError(
-                "search.dir", f"cannot write {self.path}: {error.strerror}", "name another folder"
-            ) from error
         place = f"search.dir (now {self.path})"
         resume_differences(load_saved(saved), recipe, may_change=SEARCH_MAY_CHANGE, folder=place)
 
@@ -117,54 +125,113 @@ class Folder:
     def _make(self, name: str, make: Callable[[Path], None]) -> bool:
         """Make a file, unless someone else makes it or has made it; whether this process did."""
         target = self.path / name
-        try:
-            with self._lock(name):
-                if target.exists():
-                    return True
-                target.parent.mkdir(parents=True, exist_ok=True)
-                for left_behind in target.parent.glob(f".{target.name}.*.partial"):
-                    left_behind.unlink(missing_ok=True)
-                partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-                try:
-                    make(partial)
-                    os.replace(partial, target)
-                finally:
-                    partial.unlink(missing_ok=True)
+        with self._lock(name) as lock:
+            if lock == "held":
+                return False
+            if target.exists():
                 return True
-        except Timeout:
-            return False
+            with refusing_disk(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if lock == "ours":
+                    for left_behind in target.parent.glob(f".{target.name}.*.partial"):
+                        left_behind.unlink(missing_ok=True)
+            # Process ids would do on one machine; on several, in containers, they are often the same.
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+            try:
+                make(partial)
+                with refusing_disk(target):
+                    publish(partial, target)
+            except RecipeError as error:
+                if self._worker:  # the command itself tells only what rank 0 meets
+                    log.error("%s could not be made: %s", target, error)
+                raise
+            finally:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+            return True
 
     @contextmanager
-    def _lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
-        lock = FileLock(self.path / LOCKS / name.replace("/", "."))
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            raise
-        except (NotImplementedError, OSError) as error:
-            if not self._warned:
-                log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
-            self._warned = True
-        try:
-            yield
-        finally:
-            lock.release()
+    def _lock(self, name: str, *, wait: bool = False) -> Iterator[Literal["ours", "held", "impossible"]]:
+        """The lock of a file within, or who has it."""
+        path = self.path / LOCKS / name.replace("/", ".")
+        with refusing_disk(path):
+            file = path.open("ab")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                state: Literal["ours", "held", "impossible"] = "ours"
+            except OSError as error:
+                state = "held" if error.errno in (errno.EAGAIN, errno.EACCES) else "impossible"
+                if state == "impossible" and not self._warned:
+                    log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
+                    self._warned = True
+            yield state
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a file its name, unless another has it by now: what others may have read stays as it is."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return
+    except OSError:  # a file system without hard links
+        os.replace(partial, target)
+
+
+@contextmanager
+def refusing_disk(path: Path, *, cure: str = "") -> Iterator[None]:
+    """Errors of the file system within, as a refusal.
+
+    Args:
+        cure: what to do; by default that which the error asks for.
+
+    Raises:
+        RecipeError: naming ``path``, what is wrong and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write {path}: {disk.cause(error)}"
+        raise RecipeError("search.dir", problem, cure or disk.cure(error.errno)) from error
 
 
 def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a state dict as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, str(path))
+    """Write a state dict as safetensors.
+
+    Raises:
+        RecipeError: the disk is full or otherwise not to be written.
+    """
+    with refusing_disk(path.parent):
+        write_encoded(path, encode_tensors(dict(weights)))
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What ``write_weights`` wrote."""
-    return load_file(str(path))
+    """What ``write_weights`` wrote.
+
+    Raises:
+        RecipeError: it is damaged, or gone.
+    """
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(
+            str(path),
+            f"is damaged or gone ({error})",
+            f"delete {path.parent.name} and the rounds after it: they are then made again",
+        ) from None
 
 
 def write_outcome(outcome: Outcome, path: Path) -> None:
-    """Write an outcome as JSON; a loss that is not finite becomes null."""
+    """Write an outcome as JSON; a loss that is not finite becomes null.
+
+    Raises:
+        RecipeError: the disk is full or otherwise not to be written.
+    """
     loss = outcome.loss if math.isfinite(outcome.loss) else None
-    path.write_text(json.dumps({"accuracy": outcome.accuracy, "loss": loss}) + "\n")
+    with refusing_disk(path.parent), path.open("w") as file:
+        file.write(json.dumps({"accuracy": outcome.accuracy, "loss": loss}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_outcome(path: Path) -> Outcome:

@@ -57,7 +57,7 @@ class Part:
 
 
 def hold_out(images: Source, config: SearchConfig) -> tuple[Part, Part]:
-    """The images to train with and those to score with, ``eval_images`` of them, evenly spread and so over all classes.
+    """The images to train with and those to score with, ``eval_images`` of them: of each class its share, evenly spread.
 
     Raises:
         RecipeError: there are too few images for both.
@@ -76,5 +76,6 @@ def hold_out(images: Source, config: SearchConfig) -> tuple[Part, Part]:
             "make it smaller",
         )
     chosen = np.zeros(count, dtype=bool)
-    chosen[(np.arange(held) * count + count // 2) // held] = True
+    by_class = np.argsort(images.labels, kind="stable")  # shards may hold classes in turn
+    chosen[by_class[(np.arange(held) * count + count // 2) // held]] = True
     return Part(images, np.flatnonzero(~chosen)), Part(images, np.flatnonzero(chosen))

@@ -29,6 +29,7 @@ from cyclebnn_dist.search.folder import (
     Folder,
     read_outcome,
     read_weights,
+    refusing_disk,
     search_dir,
     write_outcome,
     write_weights,
@@ -36,7 +37,7 @@ from cyclebnn_dist.search.folder import (
 from cyclebnn_dist.search.held_out import hold_out
 from cyclebnn_dist.search.plot import plot_pattern
 from cyclebnn_dist.search.progress import SearchProgress
-from cyclebnn_dist.search.selection import Outcome, Round, select
+from cyclebnn_dist.search.selection import UNMEASURED, Outcome, Round, select
 from cyclebnn_dist.search.short_training import ShortTraining
 from cyclebnn_dist.search.text import render_pattern
 from cyclebnn_dist.world import World, alone, discover_world, leave_world
@@ -109,10 +110,13 @@ def search(
     costs = count_costs(recipe)
     costs.limit(recipe.search.budget)
     folder = Folder(search_dir(recipe), worker=worker, leave=leave)
-    folder.claim(recipe)
     progress = SearchProgress(enabled=world.is_main)
     trainings = Trainings(recipe, world, costs=costs, folder=folder, progress=progress)
     try:
+        if recipe.search.strategy not in UNMEASURED and not folder.claimed:
+            # A recipe that is refused leaves no mark: once mended it may have the folder.
+            trainings.try_out()
+        folder.claim(recipe)
         binary, rounds = select(
             costs,
             budget=recipe.search.budget,
@@ -127,8 +131,9 @@ def search(
         progress.close()
     pattern = describe(recipe, costs, binary, rounds)
     if world.is_main:
-        write_pattern(pattern, folder.path / PATTERN)
-        plot_pattern(pattern, costs, folder.path / PICTURE)
+        with refusing_disk(folder.path):
+            write_pattern(pattern, folder.path / PATTERN)
+            plot_pattern(pattern, costs, folder.path / PICTURE)
     return pattern
 
 
@@ -141,6 +146,14 @@ class Trainings:
         self._recipe, self._world, self._costs = recipe, world, costs
         self._folder, self._progress = folder, progress
         self._training: ShortTraining | None = None
+
+    def try_out(self) -> None:
+        """Look whether there are the images and the network that trainings start with.
+
+        Raises:
+            RecipeError: there are not.
+        """
+        self._short_training().start(frozenset())
 
     def measure(
         self, number: int, binary: frozenset[str], layers: Sequence[str]

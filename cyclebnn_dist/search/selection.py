@@ -20,6 +20,9 @@ from cyclebnn_dist.search.costs import Costs, fill
 Strategy = Literal["grow", "shrink", "iterative", "sensitivity", "random", "first", "last"]
 Metric = Literal["accuracy", "loss"]
 
+UNMEASURED: tuple[Strategy, ...] = ("random", "first", "last")
+"""Strategies that look at no candidate."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,7 +73,7 @@ def select(
         RecipeError: no choice costs so little.
     """
     limit = costs.limit(budget)
-    if strategy in ("random", "first", "last", "sensitivity"):
+    if strategy in (*UNMEASURED, "sensitivity"):
         return fill(costs, limit, _order(costs, strategy, metric, random_seed, measure)), []
     plain = strategy == "iterative"
     rounds: list[Round] = []

@@ -15,6 +15,7 @@ from torch import nn
 from cyclebnn_dist.assembly import place_model
 from cyclebnn_dist.binary import parameter_kinds, scheduled_precision, set_progress, set_widths
 from cyclebnn_dist.config import Recipe
+from cyclebnn_dist.config.recipe import ModelConfig
 from cyclebnn_dist.data import Batch, EvalLoader, Mixing, Source, TrainLoader
 from cyclebnn_dist.engine.ddp import AUTOCAST_DTYPE
 from cyclebnn_dist.evaluate import evaluate
@@ -89,7 +90,8 @@ class ShortTraining:
         """
         recipe = self._recipe
         seed_generators(recipe.run.seed)
-        model = place_model(self._build(binary, new=weights is None), self._plain_recipe(), self._world)
+        model = self.start(binary) if weights is None else self._build(binary, self._bare())
+        model = place_model(model, self._plain_recipe(), self._world)
         if weights is not None:
             carry_over(model, weights)
         precision = scheduled_precision(recipe.precision, model)
@@ -152,12 +154,21 @@ class ShortTraining:
         self._train.close()
         self._score.close()
 
-    def _build(self, binary: frozenset[str], *, new: bool) -> nn.Module:
-        recipe = self._recipe
-        start = recipe.model if new else replace(recipe.model, pretrained=False, weights="")
+    def start(self, binary: frozenset[str]) -> nn.Module:
+        """A network with these layers binary, with the weights that the recipe's model starts from.
+
+        Raises:
+            RecipeError: as ``build_model``.
+        """
+        return self._build(binary, self._recipe.model)
+
+    def _bare(self) -> ModelConfig:
+        return replace(self._recipe.model, pretrained=False, weights="")
+
+    def _build(self, binary: frozenset[str], model: ModelConfig) -> nn.Module:
         layers = {name: "binary" if name in binary else "real" for name in self._candidates}
-        rules = replace(recipe.binary, layers=layers)  # type: ignore[arg-type]
-        return build_model(start, rules, image_size=recipe.data.image_size)[0]
+        rules = replace(self._recipe.binary, layers=layers)  # type: ignore[arg-type]
+        return build_model(model, rules, image_size=self._recipe.data.image_size)[0]
 
     def _plain_recipe(self) -> Recipe:
         model = replace(self._recipe.model, sync_bn=False, compile=False)
