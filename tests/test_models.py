@@ -93,6 +93,21 @@ def test_a_checkpoint_folder_starts_the_model_it_holds(tmp_path):
     assert torch.equal(trained(images), model(images))
 
 
+@pytest.mark.parametrize("activation", ["prelu", "rprelu"])
+def test_a_checkpoint_of_a_method_that_learns_nothing_itself_brings_what_its_activations_learned(
+    tmp_path, activation
+):
+    """Its only keys beside a real model's are those of activations."""
+    binary = BinaryConfig(method="bireal", activation=activation)
+    trained = build(binary=binary)
+    with torch.no_grad():
+        for parameter in trained.layer1[0].act1.parameters():
+            parameter += 0.5
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    model = build(replace(RESNET, weights=str(tmp_path)), binary)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in trained.state_dict().items())
+
+
 def test_weights_for_other_classes_leave_the_classifier_new(tmp_path, caplog):
     trained = build(replace(RESNET, num_classes=7))
     save_file(trained.state_dict(), tmp_path / "real.safetensors")
