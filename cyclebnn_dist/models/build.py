@@ -139,6 +139,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     file = path / CHECKPOINT_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         cure = f"name a .safetensors file, or a checkpoint folder (it holds {CHECKPOINT_WEIGHTS})"
+        checkpoints = sorted((path if path.name == "checkpoints" else path / "checkpoints").glob("step_*"))
+        if checkpoints:
+            cure = f"name one of the checkpoints in it, e.g. {checkpoints[-1]}"
         raise RecipeError("model.weights", f"there is no file {file}", cure)
     try:
         return load_file(str(file))
