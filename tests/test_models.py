@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 
 from cyclebnn_dist.binary import set_widths
 from cyclebnn_dist.config import RecipeError
-from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, ModelConfig, Recipe, TrainConfig
+from cyclebnn_dist.config.recipe import (
+    BinaryConfig,
+    DataConfig,
+    FirstPhaseConfig,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+)
 from cyclebnn_dist.config.validate import validate
 from cyclebnn_dist.models import build_model, summarize_recipe
 from cyclebnn_dist.models.memory import activation_bytes
@@ -93,6 +100,21 @@ def test_a_checkpoint_folder_starts_the_model_it_holds(tmp_path):
     assert torch.equal(trained(images), model(images))
 
 
+@pytest.mark.parametrize("activation", ["prelu", "rprelu"])
+def test_a_checkpoint_of_a_method_that_learns_nothing_itself_brings_what_its_activations_learned(
+    tmp_path, activation
+):
+    """Its only keys beside a real model's are those of activations."""
+    binary = BinaryConfig(method="bireal", activation=activation)
+    trained = build(binary=binary)
+    with torch.no_grad():
+        for parameter in trained.layer1[0].act1.parameters():
+            parameter += 0.5
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    model = build(replace(RESNET, weights=str(tmp_path)), binary)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in trained.state_dict().items())
+
+
 def test_weights_for_other_classes_leave_the_classifier_new(tmp_path, caplog):
     trained = build(replace(RESNET, num_classes=7))
     save_file(trained.state_dict(), tmp_path / "real.safetensors")
@@ -145,6 +167,12 @@ def test_summary_is_one_json_object_with_the_counts():
     assert 0 < summary["training_saving"] < summary["training_saving_binary_layers"]
     assert len(summary["layers"]) == summary["num_layers"] == 21
     assert sum(layer["swapped"] for layer in summary["layers"]) == summary["num_swapped"] == 16
+
+
+def test_a_first_phase_of_real_weights_saves_nothing():
+    half = replace(RECIPE, first_phase=FirstPhaseConfig(epochs=RECIPE.train.epochs / 2))
+    summary = json.loads(summarize_recipe(half, as_json=True))
+    assert summary["training_saving_binary_layers"] == pytest.approx(0.973 / 2, abs=1e-2)
 
 
 def test_summary_tells_people_what_is_binary_and_why_not():

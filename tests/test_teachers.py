@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cyclebnn_dist.binary import set_widths
+from cyclebnn_dist.binary import set_widths, using_real_weights
 from cyclebnn_dist.checkpoint import layout
 from cyclebnn_dist.config import RecipeError, save_recipe
 from cyclebnn_dist.config.recipe import BinaryConfig, DataConfig, DistillConfig, ModelConfig, Recipe
@@ -129,11 +129,19 @@ def test_other_weights_are_another_description(files, tmp_path):
     assert other.description != one.description
 
 
-def checkpoint_folder(path, saved, model):
-    path.mkdir()
+def without_idle_branches(model):
+    """timm begins with branches that add nothing: norms of weight 0."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    return model
+
+
+def checkpoint_folder(path, saved, model, **facts):
+    path.mkdir(parents=True)
     save_recipe(saved, path / "recipe.yaml")
     save_file(model.state_dict(), path / "model.safetensors")
-    meta = {"format": layout.FORMAT, "eval_forward_bits": 3}
+    meta = {"format": layout.FORMAT, "eval_forward_bits": 3, **facts}
     layout.write_meta(path, meta)
     return str(path)
 
@@ -149,7 +157,7 @@ def test_a_run_of_this_project_teaches_as_it_was_evaluated(tmp_path, method):
         data=DataConfig(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
     )
     torch.manual_seed(0)
-    trained, _ = build_model(saved.model, saved.binary, image_size=32)
+    trained = without_idle_branches(build_model(saved.model, saved.binary, image_size=32)[0])
     folder = checkpoint_folder(tmp_path / "step", saved, trained)
     set_widths(trained.eval(), forward_bits=3, backward_bits=32)
     with torch.no_grad():
@@ -164,6 +172,34 @@ def test_a_run_of_this_project_teaches_as_it_was_evaluated(tmp_path, method):
     error = refused(recipe("resnet18", num_classes=4, weights={"resnet18": folder}))
     assert error.key == "distill.weights.resnet18"
     assert "tells 10 classes apart; the model that learns has 4" in error.problem
+
+
+@pytest.mark.parametrize("weights", ["real", "binary"])
+def test_a_checkpoint_teaches_with_the_weights_of_its_phase(tmp_path, weights):
+    """Signs of latent weights that were trained as they are know little."""
+    saved = Recipe(
+        model=ModelConfig(name="resnet18", num_classes=10, kwargs={"channels": [8, 8, 16, 16]}),
+        binary=BinaryConfig(method="reactnet"),
+        data=DataConfig(image_size=32),
+    )
+    torch.manual_seed(0)
+    trained = without_idle_branches(build_model(saved.model, saved.binary, image_size=32)[0])
+    folder = checkpoint_folder(tmp_path / "step", saved, trained, weights=weights)
+    with torch.no_grad(), using_real_weights(trained.eval(), weights == "real"):
+        expected = trained(pixels())
+    teachers = teachers_of(recipe("resnet18", weights={"resnet18": folder}, amp="fp32"))
+    torch.testing.assert_close(teachers.logits(pixels(), step=0)[0], expected)
+
+
+@pytest.mark.parametrize("named", [".", "checkpoints"])
+def test_a_run_folder_in_the_place_of_a_checkpoint_is_told_which_to_name(tmp_path, named):
+    saved = Recipe(model=ModelConfig(name=EFFICIENTNET, num_classes=10), binary=BinaryConfig(method="none"))
+    save_recipe(saved, tmp_path / "recipe.yaml")
+    folder = checkpoint_folder(tmp_path / "checkpoints" / "step_000000004", saved, network(EFFICIENTNET))
+    error = refused(recipe(weights={EFFICIENTNET: str(tmp_path / named)}))
+    assert error.key == f"distill.weights.{EFFICIENTNET}"
+    assert folder in error.cure
+    load_teachers(recipe(weights={EFFICIENTNET: folder}))
 
 
 def test_a_teacher_that_is_not_there_is_refused_by_the_key_that_names_it(files, tmp_path):

@@ -45,10 +45,11 @@ def build_model(model: ModelConfig, binary: BinaryConfig, *, image_size: int) ->
     input_size = (3, image_size, image_size)
     _check_images(network, model, input_size=input_size)
     weights = read_weights(Path(model.weights)) if model.weights else {}
-    if weights and not _is_binary(weights):
+    of_swapped = not weights.keys() <= network.state_dict().keys()
+    if weights and not of_swapped:
         load_weights(network, weights, source=model.weights)
     report = binarize_(network, binary, input_size=input_size)
-    if weights and _is_binary(weights):
+    if of_swapped:
         load_weights(network, weights, source=model.weights)
     return network.train(), report
 
@@ -138,6 +139,9 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     file = path / CHECKPOINT_WEIGHTS if path.is_dir() else path
     if not file.is_file():
         cure = f"name a .safetensors file, or a checkpoint folder (it holds {CHECKPOINT_WEIGHTS})"
+        checkpoints = sorted((path if path.name == "checkpoints" else path / "checkpoints").glob("step_*"))
+        if checkpoints:
+            cure = f"name one of the checkpoints in it, e.g. {checkpoints[-1]}"
         raise RecipeError("model.weights", f"there is no file {file}", cure)
     try:
         return load_file(str(file))
@@ -176,7 +180,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sourc
     if problems:
         shown = "\n  ".join(problems[:4]) + (f"\n  and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise RecipeError(
-            "model.weights", f"{source} does not fit the model\n  {shown}", "check model.name and kwargs"
+            "model.weights",
+            f"{source} does not fit the model\n  {shown}",
+            "check model.name and kwargs, and binary.activation and binary.shortcut",
         )
     if other_classes:
         log.warning("%s was trained on other classes: the classifier starts anew", source)

@@ -43,7 +43,8 @@ def describe_recipe(recipe: Recipe, *, convention: str | None = None) -> dict[st
     counts = count(model, input_size=(3, side, side), convention=convention)
     steps_per_epoch = max(1, round(SCHEDULE_STEPS / recipe.train.epochs))
     schedule = build_schedule(recipe.precision, total_steps=SCHEDULE_STEPS, steps_per_epoch=steps_per_epoch)
-    saving = training_saving(counts, schedule.counts())
+    first_steps = round(SCHEDULE_STEPS * recipe.first_phase.epochs / recipe.train.epochs)
+    saving = training_saving(counts, schedule.counts(begin=first_steps), full_steps=first_steps)
     memory: dict[str, Any] = {
         "image_size": side,
         "amp": recipe.train.amp,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cyclebnn_dist.agreement import hash_tensors
-from cyclebnn_dist.binary import set_widths
-from cyclebnn_dist.checkpoint import read_meta
+from cyclebnn_dist.binary import set_progress, set_widths
+from cyclebnn_dist.checkpoint import has_real_weights, read_meta
 from cyclebnn_dist.config import SAVED_NAME, RecipeError, load_saved
 from cyclebnn_dist.config.recipe import BinaryConfig, ModelConfig, Recipe
 from cyclebnn_dist.models.build import CHECKPOINT_WEIGHTS, build_model, load_weights, read_weights
@@ -69,7 +69,7 @@ def _load(name: str, weights: str, *, recipe: Recipe, trained: bool) -> Teacher:
     model = ModelConfig(name=name, num_classes=num_classes)
     network, _ = build_model(model, BinaryConfig(method="none"), image_size=side)
     if trained:
-        _load_all(network, path, num_classes=num_classes)
+        _load_all(network, read_weights(path), source=str(path), num_classes=num_classes)
     return _finished(network, _own_normalization(network))
 
 
@@ -94,7 +94,8 @@ def _check_classes(name: str, cfg: Mapping[str, Any], *, num_classes: int) -> No
 
 
 def _of_checkpoint(name: str, folder: Path, *, num_classes: int, image_size: int) -> Teacher:
-    """A model that this project has trained, at the forward width it was evaluated at."""
+    """A model that this project has trained, with the weights and at the forward width it was evaluated with."""
+    weights = read_weights(folder)
     saved = load_saved(folder / SAVED_NAME)
     if saved.model.name != name:
         raise RecipeError(
@@ -110,6 +111,7 @@ def _of_checkpoint(name: str, folder: Path, *, num_classes: int, image_size: int
         )
     try:
         forward_bits = saved.eval.forward_bits or int(read_meta(folder)["eval_forward_bits"])
+        real_weights = has_real_weights(folder)
     except (OSError, ValueError) as error:
         raise RecipeError("model.weights", f"{folder} is no checkpoint: {error}", "name another") from error
     model = ModelConfig(
@@ -119,23 +121,26 @@ def _of_checkpoint(name: str, folder: Path, *, num_classes: int, image_size: int
         kwargs=saved.model.kwargs,
     )
     network, _ = build_model(model, saved.binary, image_size=image_size)
-    _load_all(network, folder, num_classes=num_classes)
+    _load_all(network, weights, source=str(folder), num_classes=num_classes)
+    set_progress(network, 1.0, real_weights=real_weights)
     set_widths(network, forward_bits=forward_bits, backward_bits=32)
     return _finished(network, (saved.data.mean, saved.data.std))
 
 
-def _load_all(network: nn.Module, path: Path, *, num_classes: int) -> None:
+def _load_all(
+    network: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str, num_classes: int
+) -> None:
     """Load every weight; unlike a start for training, a teacher keeps its classifier."""
-    weights, own = read_weights(path), network.state_dict()
+    own = network.state_dict()
     other = [key for key, value in weights.items() if key in own and own[key].shape != value.shape]
     if other:
         shapes = f"{other[0]} is {list(weights[other[0]].shape)}, not {list(own[other[0]].shape)}"
         raise RecipeError(
             "model.weights",
-            f"{path} is of another model, or of other classes than the {num_classes} to be learned: {shapes}",
+            f"{source} is of another model, or of other classes than the {num_classes} to be learned: {shapes}",
             "a teacher must know the same classes: name other weights, or another teacher",
         )
-    load_weights(network, weights, source=str(path))
+    load_weights(network, weights, source=source)
 
 
 def _finished(network: nn.Module, normalization: Normalization) -> Teacher:
