@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -65,6 +66,19 @@ def test_a_killed_job_keeps_nothing(tmp_path):
         assert (tmp_path / "run" / OWNER).exists()
         with run_lock(tmp_path / "run"):
             assert f"process {os.getpid()} on " in (tmp_path / "run" / OWNER).read_text()
+
+
+def test_where_there_are_no_locks_a_killed_job_keeps_nothing_either(tmp_path, monkeypatch, caplog):
+    """As on Lustre mounted without flock: a lock made of a mere file would have to be removed by hand."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with holder(tmp_path / "run"), run_lock(tmp_path / "run"):
+        assert "cannot be locked: take care that only one job works there" in caplog.text
+    with run_lock(tmp_path / "run"):
+        pass
 
 
 def test_a_requeued_job_waits_for_its_earlier_life(tmp_path, monkeypatch):

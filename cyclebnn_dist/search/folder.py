@@ -18,8 +18,6 @@ late, two processes may make the same file: the first that is finished counts, s
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import math
@@ -29,18 +27,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cyclebnn_dist import disk
+from cyclebnn_dist.checkpoint.statefile import encode_tensors, write_encoded
 from cyclebnn_dist.config import SAVED_NAME, Recipe, RecipeError, load_saved, resume_differences, save_recipe
 from cyclebnn_dist.config.resume_rules import MAY_CHANGE
 from cyclebnn_dist.config.search_rules import SEARCH_KEYS
+from cyclebnn_dist.file_lock import LockState, file_lock
 from cyclebnn_dist.search.selection import Outcome
-from cyclebnn_dist.statefile import encode_tensors, write_encoded
 
 log = logging.getLogger(__name__)
 
@@ -151,20 +149,15 @@ class Folder:
             return True
 
     @contextmanager
-    def _lock(self, name: str, *, wait: bool = False) -> Iterator[Literal["ours", "held", "impossible"]]:
+    def _lock(self, name: str, *, wait: bool = False) -> Iterator[LockState]:
         """The lock of a file within, or who has it."""
         path = self.path / LOCKS / name.replace("/", ".")
-        with refusing_disk(path):
-            file = path.open("ab")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                state: Literal["ours", "held", "impossible"] = "ours"
-            except OSError as error:
-                state = "held" if error.errno in (errno.EAGAIN, errno.EACCES) else "impossible"
-                if state == "impossible" and not self._warned:
-                    log.warning("%s cannot be locked (%s): processes may do the same work", self.path, error)
-                    self._warned = True
+        with contextlib.ExitStack() as stack:
+            with refusing_disk(path):
+                state = stack.enter_context(file_lock(path, wait=wait))
+            if state == "impossible" and not self._warned:
+                log.warning("%s cannot be locked: processes may do the same work", self.path)
+                self._warned = True
             yield state
 
 
