@@ -237,7 +237,8 @@ class DistillConfig:
     """What logits of teachers and model are divided by; the loss is then multiplied by its square."""
     weighting: Literal["per_sample", "released", "equal"] = "per_sample"
     """Of several teachers. per_sample: more to the one an image agrees less with (BNext); released: as its code does,
-    with means over the batch, and one half for a single teacher; equal: alike."""
+    with means over a rank's images of one pass (another number of ranks or train.accumulation then trains otherwise), and
+    one half for a single teacher; equal: alike."""
     amp: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the teachers' forward passes (torch.autocast)."""
 
