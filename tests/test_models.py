@@ -21,6 +21,7 @@ from cyclebnn_dist.config.validate import validate
 from cyclebnn_dist.models import build_model, summarize_recipe
 from cyclebnn_dist.models.memory import activation_bytes
 from cyclebnn_dist.models.summary import describe_recipe
+from cyclebnn_dist.search.costs import count_costs
 
 RESNET = ModelConfig(name="resnet18", num_classes=4)
 REAL = BinaryConfig(method="none")
@@ -181,6 +182,14 @@ def test_summary_tells_people_what_is_binary_and_why_not():
     assert lines["conv1"].endswith("real: stem")
     assert lines["layer1.0.conv1"].endswith("cyclebnn")
     assert "16 of 21 layers binary" in lines["model"]
+
+
+def test_the_share_of_the_real_models_operations_is_what_budgets_are_shares_of():
+    layers = {"layer1.0.conv1": "real", "layer4.1.conv2": "real"}
+    recipe = replace(Recipe(), model=ModelConfig(num_classes=10), data=DataConfig(image_size=32))
+    costs = count_costs(recipe)
+    summary = describe_recipe(replace(recipe, binary=replace(recipe.binary, layers=layers)))
+    assert summary["ops"] / summary["ops_real"] == pytest.approx(costs.share(set(costs.names) - set(layers)))
 
 
 @pytest.mark.parametrize("amp", ["fp32", "bf16"])

@@ -51,6 +51,7 @@ def describe_recipe(recipe: Recipe, *, convention: str | None = None) -> dict[st
         "channels_last": recipe.model.channels_last,
     }
     real, _ = build_model(new, BinaryConfig(method="none"), image_size=side)
+    real_ops = count(real, input_size=(3, side, side)).ops
     per_image, constant = bytes_by_batch(model, **memory)
     layers = []
     for row, layer in zip(swap.rows, counts.layers, strict=True):
@@ -73,6 +74,7 @@ def describe_recipe(recipe: Recipe, *, convention: str | None = None) -> dict[st
         "charged_flops": counts.charged_flops,
         "convention": convention,
         "ops": counts.ops,
+        "ops_real": real_ops,
         "params": counts.params,
         "binary_params": counts.binary_params,
         "size_bits": counts.size_bits,
@@ -130,7 +132,8 @@ def _render(summary: dict[str, Any]) -> str:
         "model": f"{summary['model']}, {summary['num_swapped']} of {summary['num_layers']} layers binary "
         f"({', '.join(methods) or 'none'}), {summary['image_size']} px",
         "operations": f"{summary['ops']:.4g} OPs = {summary['bops']:.4g} BOPs / {1 / rule.binary_share:g} "
-        f"+ {summary['charged_flops']:.4g} FLOPs",
+        f"+ {summary['charged_flops']:.4g} FLOPs, "
+        f"{100 * summary['ops'] / summary['ops_real']:.1f} % of the real model's {summary['ops_real']:.4g}",
         "convention": f"{summary['convention']}: {rule.words}"
         + (f"; here they have {REAL_BITS}" if rule.edge_share < 1 and not summary["num_narrow"] else ""),
         "parameters": f"{summary['params']:,}, of them {summary['binary_params']:,} binary",
