@@ -59,7 +59,11 @@ def build(
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     if clamp is not None:  # as BNext does with its latent weights
-        model.body.register_forward_pre_hook(lambda layer, _: layer.weight.data.clamp_(-clamp, clamp))
+
+        def clamp_weight(layer, inputs):
+            layer.weight.data.clamp_(-clamp, clamp)
+
+        model.body.register_forward_pre_hook(clamp_weight)
     comm = CommConfig(block_size=64, small_numel=500, error_feedback=feedback, hierarchical=hierarchical)
     world = make_world(rank, n)
     place = {"rank": rank, "world_size": n, "seed": 1, "device": world.device}
