@@ -30,7 +30,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not long and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not long and not gpu"
 
 test-long: lint
 	$(BIN)/python -m pytest -m "not gpu"

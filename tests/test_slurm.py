@@ -23,9 +23,6 @@ STEPS = 40
 LENGTH = ("train.epochs=8", f"run.save_every={SAVE_EVERY}", "eval.every_epochs=4")
 NO_WANDB = "wandb.mode=disabled"
 
-pytestmark = pytest.mark.xdist_group("slurm")
-"""One Slurm of this machine at a time."""
-
 PROFILE = """\
 nodes: {nodes}
 tasks_per_node: 1
