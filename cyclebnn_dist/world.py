@@ -155,7 +155,7 @@ def open_store(world: World, *, timeout: timedelta) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = world.rank == 0 and not hosted_by_agent
-    until = time.monotonic() + LISTEN_SECONDS
+    until, told = time.monotonic() + LISTEN_SECONDS, False
     store = None
     while store is None:
         try:
@@ -170,6 +170,11 @@ def open_store(world: World, *, timeout: timedelta) -> dist.Store:
                     f"port {port} of {socket.gethostname()}, where the ranks are to meet, has been taken by another process "
                     f"for {LISTEN_SECONDS:.0f} s: start again, or choose another with MASTER_PORT"
                 ) from error
+            if not told:
+                log.warning(
+                    "port %d of this machine is taken; waiting for up to %.0f s", port, LISTEN_SECONDS
+                )
+            told = True
             time.sleep(1.0)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"cyclebnn_dist/{attempt}", store)
